@@ -1,0 +1,1 @@
+"""The world around `tfm`: data, training runs, measurements and reports."""

@@ -1,0 +1,99 @@
+"""Packed batches: several short examples to a row, so that few slots are wasted.
+
+Grain shuffles, repeats, batches and remembers the position. The packing itself is planned once,
+in plain Python: Grain's packer takes ten times as long (7 s against 0.7 s of a core for the
+117,884 examples of CMUdict), in every epoch, on the cores that the training needs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from experiments.vocabulary import PAD
+
+OPEN_ROWS = 32  # rows tried before a new one is begun; more fill hardly better
+
+
+def first_fit(lengths: Sequence[tuple[int, int]], capacity: tuple[int, int]) -> list[list[int]]:
+    """Puts each example, in order, into the first open row where both its lengths fit.
+
+    Returns the examples of each row. The oldest row is closed when more than `OPEN_ROWS` are open.
+
+    Raises:
+      ValueError: an example longer than a row; it is never cut.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[tuple[list[int], list[int]]] = []  # members and room left, oldest first
+    for example, (source, target) in enumerate(lengths):
+        if source > capacity[0] or target > capacity[1]:
+            raise ValueError(
+                f"example {example} has lengths {(source, target)}, more than a row's {capacity}"
+            )
+        for members, room in open_rows:
+            if room[0] >= source and room[1] >= target:
+                break
+        else:
+            members, room = [], list(capacity)
+            rows.append(members)
+            open_rows.append((members, room))
+            del open_rows[:-OPEN_ROWS]
+        members.append(example)
+        room[0] -= source
+        room[1] -= target
+    return rows
+
+
+def pack(sequences: Sequence[np.ndarray], rows: list[list[int]], length: int) -> list[np.ndarray]:
+    """The rows of one side as int32 [N, length]: ids, segment ids and positions.
+
+    Segments number from 1 in a row and positions from 0 in a segment; the rest is padding, 0.
+    """
+    ids, segments, positions = (np.full((len(rows), length), PAD, np.int32) for _ in range(3))
+    for row, members in enumerate(rows):
+        start = 0
+        for segment, member in enumerate(members, start=1):
+            end = start + len(sequences[member])
+            ids[row, start:end] = sequences[member]
+            segments[row, start:end] = segment
+            positions[row, start:end] = np.arange(end - start)
+            start = end
+    return [ids, segments, positions]
+
+
+def packed_batches(
+    examples: Sequence[dict[str, Any]],
+    *,
+    rows: int,
+    source_length: int,
+    target_length: int,
+    seed: int,
+) -> grain.DatasetIterator:
+    """Endless batches of `rows` packed rows; the rows come in a new order each epoch.
+
+    int32 [R, S]: source, source_segment_ids, source_positions; int32 [R, T]: the same for target.
+    Which examples share a row is fixed by the seed; no example sees another, so only the mixture
+    within a batch depends on it. `get_state` and `set_state` resume exactly.
+
+    Raises:
+      ValueError: an example longer than a row.
+    """
+    order = np.random.default_rng(seed).permutation(len(examples))
+    lengths = [(len(examples[i]["source"]), len(examples[i]["target"])) for i in order]
+    plan = first_fit(lengths, (source_length, target_length))
+    arrays = {}
+    for side, length in (("source", source_length), ("target", target_length)):
+        packed = pack([examples[i][side] for i in order], plan, length)
+        names = (side, f"{side}_segment_ids", f"{side}_positions")
+        arrays |= dict(zip(names, packed, strict=True))
+    stream = (
+        grain.MapDataset.range(len(plan))
+        .seed(seed)
+        .shuffle()
+        .repeat(None)
+        .batch(rows)
+        .map(lambda chosen: {name: array[chosen] for name, array in arrays.items()})
+    )
+    # No reader threads: the rows are in memory, so threads would only cost.
+    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

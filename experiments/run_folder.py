@@ -1,0 +1,120 @@
+"""The folder of a run: its resolved config, its metrics, its results."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot serve this run, in one line that is ready to print."""
+
+
+def plain(value: Any) -> Any:
+    """A config as JSON values: dataclasses become objects, paths and other leaves strings."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside `path`, then renames: a reader sees the old file or the new, never a half."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+class RunFolder:
+    """`config.json`, `metrics.jsonl`, `results.json`, TensorBoard events and `checkpoints/`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.report = path / "report.html"
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in `name`, or None where there is no such file.
+
+        Raises RunFolderError naming a file that is not JSON.
+        """
+        file = self.path / name
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{file}: {error}") from None
+
+    def claim(self, config: dict[str, Any], may_differ: set[str]) -> None:
+        """Makes the folder and writes config.json, or checks that it holds the same config.
+
+        Fields in `may_differ` do not change what is learned, and may change between resumptions.
+        Raises RunFolderError naming every other field that differs, old and new.
+        """
+        old = self.read("config.json")
+        if old is not None:
+            before, now = _flat(old), _flat(config)
+            differing = [
+                f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+                for name in sorted(before.keys() | now.keys())
+                if name not in may_differ and before.get(name) != now.get(name)
+            ]
+            if differing:
+                raise RunFolderError(
+                    f"{self.path} holds a run with another config ({'; '.join(differing)}): "
+                    "name another folder with --run"
+                )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "config.json", config)
+        except OSError as error:
+            raise RunFolderError(f"{self.path}: {error.strerror}") from None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The objects of metrics.jsonl so far; a last line cut short is dropped."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        return [json.loads(line) for line in lines]
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and the TensorBoard events, from `first_step` on.
+
+    Lines at or after `first_step`, logged by a run that was cut off before it could save, are
+    dropped: the steps are about to be done again.
+    """
+
+    def __init__(self, folder: RunFolder, first_step: int) -> None:
+        kept = [m for m in folder.metrics() if m["step"] < first_step]
+        self._file = (folder.path / "metrics.jsonl").open("w", encoding="utf-8")
+        for metrics in kept:
+            self._line(metrics)
+        self._events = SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_step)
+
+    def _line(self, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._events.close()
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """One line; every number but the step also becomes a TensorBoard scalar."""
+        self._line(metrics)
+        for name, value in metrics.items():
+            if name != "step":
+                self._events.add_scalar(name, value, metrics["step"])

@@ -1,0 +1,177 @@
+"""Learn to pronounce English words from CMUdict: letters in, sounds out."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import chex
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments import data, metrics
+from experiments.data import DataError, Lexicon
+from experiments.loop import Schedule, train
+from experiments.pronouncer import Pronouncer, load
+from experiments.report import AttentionMap, Example, write_report
+from experiments.run_folder import RunFolder, plain, write_json
+from experiments.vocabulary import BOS, Vocabulary
+from tfm.config import TransformerConfig
+from tfm.model import Transformer
+from tfm.training import (
+    cosine_schedule,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    paper_schedule,
+    summed_loss,
+)
+
+INVENTED = ("blorptastic", "snizzle", "quorbly", "transformerize", "zhoodle", "phlant")
+
+
+@dataclasses.dataclass(frozen=True)
+class PronounceConfig:
+    """Train a Transformer to pronounce words, and report how well it does."""
+
+    run: Path = Path("runs/pronounce")
+    """Folder of the run: config, metrics, checkpoints, results, report."""
+    seed: int = 0
+    """Seed of the initialisation, the dropout and the order of the data."""
+    steps: int = 3600
+    """Updates in all; a larger number extends a finished run."""
+    save_every: int = 500
+    """Steps between checkpoints; an interrupted run resumes from the newest."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: int = 600
+    """Steps between evaluations on the validation words."""
+    train_file: Path | None = None
+    """Training lexicon, lines `word<TAB>PH PH …`. None: CMUdict, with its validation and test words."""
+    valid_file: Path | None = None
+    """Validation lexicon. None: a part of the training words, whole word families."""
+    test_file: Path | None = None
+    """Test lexicon. None with a training lexicon of one's own: the validation words are the test."""
+    rows: int = 50
+    """Packed rows in a batch."""
+    source_length: int = 40
+    """Letters in a packed row, end symbols included."""
+    target_length: int = 36
+    """Sounds in a packed row, end symbols included."""
+    accumulation: int = 1
+    """Micro-batches that a batch's rows are cut into, to save memory; divides rows."""
+    model: TransformerConfig = TransformerConfig(
+        vocab_size=42, source_vocab_size=30, d_model=128, d_ff=512, num_heads=4,
+        num_encoder_layers=2, num_decoder_layers=2,
+    )  # fmt: skip
+    """The Transformer. Its vocabulary sizes must be those of the data."""
+    schedule: Literal["cosine", "paper"] = "cosine"
+    """Learning rate: warm-up then half a cosine to 0, or the paper's inverse square root."""
+    learning_rate: float = 2e-3
+    """Peak of the cosine schedule; for the paper's, the factor before its formula."""
+    warmup_steps: int = 300
+    """Steps of linear warm-up."""
+    clip: float = 1.0
+    """Threshold θ of the global gradient norm."""
+    smoothing: float = 0.1
+    """Label smoothing ε."""
+    beam: int = 4
+    """Beam width of the evaluation and of predict."""
+    alpha: float = 0.6
+    """Exponent of the beam's length penalty ((5 + n)/6)^α."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "save_every", "log_every", "evaluate_every", "rows", "source_length",
+                     "target_length", "accumulation", "beam", "warmup_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.rows % self.accumulation:
+            raise ValueError(f"accumulation={self.accumulation} does not divide rows={self.rows}")
+        if not self.clip > 0:
+            raise ValueError(f"clip={self.clip} must be positive")
+        if self.train_file is None and (self.valid_file or self.test_file):
+            raise ValueError("valid_file and test_file go with a train_file")
+
+
+FULL = PronounceConfig()
+
+PRESETS = {"default": PronounceConfig(), "full": FULL}
+"""`--preset`: the default takes minutes on two cores, full more than an hour."""
+
+MAY_DIFFER = {"run", "steps", "save_every", "log_every", "evaluate_every"}
+"""Fields that change no update, or (steps) extend the run; the others are fixed by its folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lexicons:
+    """The words of one run, and its vocabularies."""
+
+    train: Lexicon
+    valid: Lexicon
+    test: Lexicon
+    letters: Vocabulary
+    phones: Vocabulary
+
+
+def load_lexicons(config: PronounceConfig) -> Lexicons:
+    """CMUdict under its split, or the files that the config names.
+
+    Raises DataError: a file that is missing, empty or malformed.
+    """
+    if config.train_file is None:
+        parts = data.split_by_family(data.load_cmudict())
+    else:
+        train = data.read_lexicon(config.train_file)
+        if config.valid_file is None:
+            train, valid = data.carve_validation(train)
+        else:
+            valid = data.read_lexicon(config.valid_file)
+        parts = train, valid, data.read_lexicon(config.test_file) if config.test_file else valid
+    # Of all parts, so that a rare letter in a test word is a hard word, not an error.
+    letters = Vocabulary.of(word for part in parts for word in part)
+    phones = Vocabulary.of(p for part in parts for variants in part.values() for p in variants)
+    return Lexicons(*parts, letters, phones)
+
+
+def resolve(config: PronounceConfig, lexicons: Lexicons) -> PronounceConfig:
+    """The config with the vocabulary sizes of the data.
+
+    Raises DataError where --model names other sizes than the data has.
+    """
+    sizes = {"vocab_size": lexicons.phones.size, "source_vocab_size": lexicons.letters.size}
+    default = PRESETS["default"].model
+    for name, size in sizes.items():
+        asked = getattr(config.model, name)
+        if asked not in (size, getattr(default, name)):
+            raise DataError(f"--model.{name}={asked}, but the data's vocabulary has {size} symbols")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+
+
+def make_learning_rate(config: PronounceConfig) -> Callable:
+    """The schedule that the config names."""
+    if config.schedule == "paper":
+        return paper_schedule(config.model.d_model, config.warmup_steps, config.learning_rate)
+    return cosine_schedule(config.learning_rate, config.warmup_steps, config.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Error rates as fractions, and the hypotheses that they come from."""
+
+    wer: float
+    per: float
+    hypotheses: list[tuple[str, ...]]
+
+
+def score(pronouncer: Pronouncer, lexicon: Lexicon, beam: int | None = None) -> Score:
+    """WER and PER of the best pronunciations of all words of a lexicon."""
+    hypotheses = [p.phones for p in pronouncer(list(lexicon), beam)]
+    references = list(lexicon.values())
+    return Score(
+        metrics.word_error_rate(hypotheses, references),
+        metrics.phone_error_rate(hypotheses, references),
+        hypotheses,
+    )

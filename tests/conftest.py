@@ -1,0 +1,28 @@
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+# Tests import `references` and `checks`, which stand beside this file.
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def x64():
+    """Runs a test with 64-bit types: float64 in, float64 out."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=["float32", "float64"])
+def tolerance(request):
+    """Runs a test in both precisions; its value is the error that a result may have in each."""
+    with jax.enable_x64(request.param == "float64"):
+        yield {"float32": 1e-5, "float64": 1e-12}[request.param]

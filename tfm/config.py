@@ -1,0 +1,90 @@
+"""The model's numbers: what the paper fixes, and every departure from it as a named option."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The hyper-parameters of a Transformer; the defaults are the paper's base model (Table 3).
+
+    Raises:
+      ValueError: a combination that is not a model; the message names the fields and numbers.
+    """
+
+    vocab_size: int = 37_000
+    """Symbols of the target, and of the source too where the two share one vocabulary."""
+    source_vocab_size: int | None = None
+    """Symbols of a separate source vocabulary. None shares the target's, and with it one matrix
+    for both embeddings and the output (three-way tying)."""
+    d_model: int = 512
+    """Features of every position between the layers."""
+    d_ff: int = 2048
+    """Hidden features of the feed-forward networks."""
+    num_heads: int = 8
+    """Attention heads h; each works on d_model / h features."""
+    num_encoder_layers: int = 6
+    """Layers of the encoder."""
+    num_decoder_layers: int = 6
+    """Layers of the decoder."""
+    dropout_rate: float = 0.1
+    """Dropout on each sub-layer's output and on the sum of embedding and position."""
+    attention_dropout_rate: float = 0.0
+    """Dropout on the attention weights (not in the paper)."""
+    norm_placement: Literal["post", "pre"] = "post"
+    """post: LayerNorm(x + Sublayer(x)), the paper's. pre: x + Sublayer(LayerNorm(x))."""
+    layer_norm_epsilon: float = 1e-6
+    """ε inside the root of the layer normalisation."""
+    projection_bias: bool = False
+    """Biases in the four attention projections (not in the paper)."""
+    output_bias: bool = False
+    """A bias b in softmax(yW + b)."""
+    positions: Literal["sinusoidal", "learned"] = "sinusoidal"
+    """How positions are encoded; learned is the paper's Table 3 row E."""
+    max_learned_positions: int = 512
+    """Rows of each learned position table."""
+    initializer: Literal["xavier_uniform", "lecun_normal", "he_normal"] = "xavier_uniform"
+    """Initialiser of the weight matrices. Embeddings are normal with deviation 1/√d_model."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Operands of the matrix products. bfloat16 still sums in f32 and keeps f32 parameters."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "d_ff", "num_heads", "num_encoder_layers",
+                     "num_decoder_layers", "max_learned_positions"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.source_vocab_size is not None and self.source_vocab_size < 1:
+            raise ValueError(f"source_vocab_size={self.source_vocab_size} must be at least 1")
+        for name in ("dropout_rate", "attention_dropout_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}")
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise ValueError(
+                f"d_model={self.d_model} is odd: sinusoidal positions need pairs of sin and cos"
+            )
+
+    def parameter_count(self) -> int:
+        """The number of parameters, by formula.
+
+        Encoder layer: 4D² + (2DF + F + D) + 2·2D. Decoder layer: 8D² + (2DF + F + D) + 3·2D.
+        One V·D matrix where the vocabulary is shared.
+        """
+        d, f = self.d_model, self.d_ff
+        attention = 4 * d * d + (4 * d if self.projection_bias else 0)
+        feed_forward, norm = 2 * d * f + f + d, 2 * d
+        encoder = self.num_encoder_layers * (attention + feed_forward + 2 * norm)
+        decoder = self.num_decoder_layers * (2 * attention + feed_forward + 3 * norm)
+        final_norms = 2 * norm if self.norm_placement == "pre" else 0
+        embeddings = (self.vocab_size + (self.source_vocab_size or 0)) * d
+        positions = 2 * self.max_learned_positions * d if self.positions == "learned" else 0
+        bias = self.vocab_size if self.output_bias else 0
+        return encoder + decoder + final_norms + embeddings + positions + bias
+
+
+BASE = TransformerConfig()
+"""The paper's base model, for English-German (37,000 shared byte pairs)."""
+
+BIG = TransformerConfig(d_model=1024, d_ff=4096, num_heads=16, dropout_rate=0.3)
+"""The paper's big model, for English-German."""

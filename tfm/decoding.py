@@ -1,0 +1,228 @@
+"""Decoding: greedy, beam search (§6.1) and sampling, as loops over an explicit cache.
+
+All three take `step(tokens [B, W], index, cache) -> (logits [B, W, V], cache)`, the model's next-token
+logits for W hypotheses of each of B sources, where every leaf of the cache is [B, W, ...]. All run
+inside jit, and stop early when every hypothesis has ended. `max_length` counts the end symbol; a
+hypothesis that has not ended by then is returned as it is. After the end symbol come zeros.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax, nn
+
+from tfm.model import Transformer
+from tfm.precision import working_dtype
+
+Cache = Any
+Step = Callable[[Array, Array, Cache], tuple[Array, Cache]]
+
+
+class Decoded(NamedTuple):
+    """Hypotheses [B, W, T] (W = 1 but for beam search, best first), and their scores."""
+
+    tokens: Array
+    lengths: Array  # [B, W], the end symbol counted
+    log_probs: Array  # [B, W], ln P(tokens | source), summed over the tokens
+    scores: Array  # [B, W], what the hypotheses are ranked by
+
+
+class _Search(NamedTuple):
+    index: Array
+    tokens: Array
+    last: Array
+    ended: Array
+    lengths: Array
+    log_probs: Array
+    cache: Cache
+
+
+def length_penalty(length: Array | float, alpha: float) -> Array:
+    """lp(n) = ((5 + n) / 6)^α (§6.1; Wu et al. 2016, equation 14)."""
+    return ((5.0 + length) / 6.0) ** alpha
+
+
+def length_normalized_score(log_prob: Array, length: Array, alpha: float) -> Array:
+    """ln P / lp(n): what beam search ranks by, so that short hypotheses do not win by being short."""
+    return log_prob / length_penalty(length, alpha)
+
+
+def filter_logits(logits: Array, top_k: int | None = None, top_p: float | None = None) -> Array:
+    """−inf for all but the k likeliest symbols, and all but the smallest set of probability ≥ p.
+
+    logits: [..., V] -> [..., V]. The likeliest symbol always stays.
+
+    Raises:
+      ValueError: top_k below 1, or top_p outside (0, 1].
+    """
+    if top_k is not None:
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {top_k}")
+        kth = lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+    if top_p is not None:
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+        descending = -jnp.sort(-logits, axis=-1)
+        probabilities = nn.softmax(descending)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        least = jnp.where(before < top_p, descending, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return logits
+
+
+def _start(cache: Cache, max_length: int, bos: int, dtype: jnp.dtype) -> _Search:
+    batch, width = jax.tree.leaves(cache)[0].shape[:2]
+    return _Search(
+        index=jnp.zeros((), jnp.int32),
+        tokens=jnp.zeros((batch, width, max_length), jnp.int32),
+        last=jnp.full((batch, width), bos, jnp.int32),
+        ended=jnp.zeros((batch, width), bool),
+        lengths=jnp.zeros((batch, width), jnp.int32),
+        log_probs=jnp.zeros((batch, width), dtype),
+        cache=cache,
+    )
+
+
+def _log_probs_dtype(step: Step, cache: Cache) -> jnp.dtype:
+    batch, width = jax.tree.leaves(cache)[0].shape[:2]
+    tokens, index = jnp.zeros((batch, width), jnp.int32), jnp.zeros((), jnp.int32)
+    logits, _ = jax.eval_shape(step, tokens, index, cache)
+    return working_dtype(logits)
+
+
+def _run(advance: Callable[[_Search], _Search], state: _Search, max_length: int) -> _Search:
+    def unfinished(state: _Search) -> Array:
+        return (state.index < max_length) & ~state.ended.all()
+
+    return lax.while_loop(unfinished, advance, state)
+
+
+def _append(state: _Search, choice: Array, chosen_log_probs: Array, eos: int, cache: Cache):
+    """`state` one token longer; ended hypotheses take a zero, at no cost."""
+    choice = jnp.where(state.ended, 0, choice)
+    return _Search(
+        index=state.index + 1,
+        tokens=lax.dynamic_update_index_in_dim(state.tokens, choice, state.index, axis=-1),
+        last=choice,
+        ended=state.ended | (choice == eos),
+        lengths=state.lengths + ~state.ended,
+        log_probs=state.log_probs + jnp.where(state.ended, 0, chosen_log_probs),
+        cache=cache,
+    )
+
+
+def _reorder(x: Array, order: Array) -> Array:
+    """Row b of the result takes its hypotheses from row b of x: [B, W, ...], [B, W'] -> [B, W', ...]."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def start_decoding(
+    model: Transformer, params: Any, source: Array, num_hypotheses: int, max_length: int
+) -> tuple[Step, Cache]:
+    """Encodes source [B, S] once; returns the `step` and the empty cache that the loops take."""
+    variables = {"params": params}
+    memory, cache = model.apply(variables, source, num_hypotheses, max_length, method="start")
+
+    def step(tokens: Array, index: Array, cache: Cache) -> tuple[Array, Cache]:
+        return model.apply(variables, memory, tokens, index, cache, method="step")
+
+    return step, cache
+
+
+def sample(
+    step: Step,
+    cache: Cache,
+    key: Array,
+    *,
+    bos: int,
+    eos: int,
+    max_length: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Decoded:
+    """Draws each token from softmax(logits / temperature), restricted by `filter_logits`.
+
+    Every one of the W hypotheses of a source is an independent sample. `log_probs` and `scores` are
+    those of the model itself, before temperature and restriction.
+
+    Raises:
+      ValueError: a temperature that is not positive, or as `filter_logits`.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}; greedy takes the best")
+
+    def advance(state: _Search) -> _Search:
+        logits, cache = step(state.last, state.index, state.cache)
+        log_probs = nn.log_softmax(logits.astype(state.log_probs.dtype))
+        restricted = filter_logits(log_probs / temperature, top_k, top_p)
+        choice = jax.random.categorical(jax.random.fold_in(key, state.index), restricted)
+        chosen = jnp.take_along_axis(log_probs, choice[..., None], axis=-1)[..., 0]
+        return _append(state, choice.astype(jnp.int32), chosen, eos, cache)
+
+    state = _start(cache, max_length, bos, _log_probs_dtype(step, cache))
+    state = _run(advance, state, max_length)
+    return Decoded(state.tokens, state.lengths, state.log_probs, state.log_probs)
+
+
+def greedy(step: Step, cache: Cache, *, bos: int, eos: int, max_length: int) -> Decoded:
+    """Takes the likeliest token at each position."""
+
+    def advance(state: _Search) -> _Search:
+        logits, cache = step(state.last, state.index, state.cache)
+        log_probs = nn.log_softmax(logits.astype(state.log_probs.dtype))
+        # top_k finds the same index as argmax, and on large vocabularies several times as fast.
+        best, choice = lax.top_k(log_probs, 1)
+        return _append(state, choice[..., 0], best[..., 0], eos, cache)
+
+    state = _start(cache, max_length, bos, _log_probs_dtype(step, cache))
+    state = _run(advance, state, max_length)
+    return Decoded(state.tokens, state.lengths, state.log_probs, state.log_probs)
+
+
+def beam_search(
+    step: Step, cache: Cache, *, bos: int, eos: int, max_length: int, alpha: float = 0.6
+) -> Decoded:
+    """Keeps the W best hypotheses by ln P / lp(n), lp(n) = ((5 + n)/6)^α (§6.1; α = 0.6).
+
+    W is the cache's second axis. At each position every open hypothesis is extended by every
+    symbol, and ended ones stay as they are; the W best of all these go on. So W = 1 is greedy
+    search, and a W as wide as the space of sequences finds the best one.
+    """
+
+    def advance(state: _Search) -> _Search:
+        logits, cache = step(state.last, state.index, state.cache)
+        log_probs = nn.log_softmax(logits.astype(state.log_probs.dtype))
+        vocabulary = log_probs.shape[-1]
+        # An ended hypothesis has one continuation: itself, held in the column of symbol 0.
+        stay = jnp.where(jnp.arange(vocabulary) == 0, 0, -jnp.inf)
+        log_probs = jnp.where(state.ended[..., None], stay, log_probs)
+        totals = state.log_probs[..., None] + log_probs
+        lengths = state.lengths + ~state.ended
+        scores = length_normalized_score(totals, lengths[..., None], alpha)
+        batch, width = state.last.shape
+        _, best = lax.top_k(scores.reshape(batch, -1), width)
+        parent, choice = best // vocabulary, best % vocabulary
+
+        inherited = state._replace(
+            tokens=_reorder(state.tokens, parent),
+            ended=_reorder(state.ended, parent),
+            lengths=_reorder(state.lengths, parent),
+            log_probs=_reorder(state.log_probs, parent),
+        )
+        gained = _reorder(log_probs.reshape(batch, -1), best)
+        cache = jax.tree.map(lambda x: _reorder(x, parent), cache)
+        return _append(inherited, choice, gained, eos, cache)
+
+    state = _start(cache, max_length, bos, _log_probs_dtype(step, cache))
+    # All hypotheses start equal, so all but the first are shut out of the first choice.
+    width = state.last.shape[1]
+    state = state._replace(log_probs=state.log_probs.at[:, 1:].set(-jnp.inf)) if width > 1 else state
+    state = _run(advance, state, max_length)
+    scores = length_normalized_score(state.log_probs, state.lengths, alpha)
+    order = jnp.argsort(-scores, axis=1)
+    results = (state.tokens, state.lengths, state.log_probs, scores)
+    return Decoded(*(_reorder(x, order) for x in results))

@@ -1,0 +1,71 @@
+"""§3.4 Embeddings and the output distribution."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, nn
+from jax.typing import DTypeLike
+
+from tfm.precision import linear, working_dtype
+from tfm.shapes import assert_fits
+
+
+@jax.custom_vjp
+def _lookup(table: Array, ids: Array) -> Array:
+    # mode='fill' answers NaN for an id outside the table, where clipping would hide the mistake.
+    return table.at[ids].get(mode="fill", wrap_negative_indices=False)
+
+
+def _lookup_forward(table, ids):
+    return _lookup(table, ids), (table, ids)
+
+
+def _lookup_backward(residuals, cotangent):
+    # Equal ids side by side are summed in one sweep, where a scatter would update row by row.
+    table, ids = residuals
+    order = jnp.argsort(ids.reshape(-1))
+    rows = cotangent.reshape(-1, table.shape[1])[order]
+    gradient = jax.ops.segment_sum(
+        rows, ids.reshape(-1)[order], num_segments=table.shape[0], indices_are_sorted=True
+    )
+    return gradient.astype(table.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def embed(ids: Array, table: Array) -> Array:
+    """E(id) · √d_model (§3.4).
+
+    ids: [...] integers in [0, V), table: [V, D] -> [..., D]; NaN for an id outside [0, V), since
+    a compiled function cannot raise.
+    """
+    assert_fits("table", table, (None, None))
+    return _lookup(table, ids) * table.shape[1] ** 0.5
+
+
+def output_logits(
+    y: Array, w: Array, b: Array | None = None, *, compute_dtype: DTypeLike | None = None
+) -> Array:
+    """y W + b: one logit a word. With tied weights W is the embedding table transposed (§3.4).
+
+    y: [..., D], w: [D, V], b: [V] or None -> [..., V]
+    """
+    assert_fits("y", y, (..., None))
+    assert_fits("w", w, (y.shape[-1], None), y=y)
+    logits = linear(y, w, compute_dtype)
+    if b is None:
+        return logits
+    assert_fits("b", b, (w.shape[1],), w=w)
+    return logits + b
+
+
+def output_distribution(y: Array, w: Array, b: Array) -> Array:
+    """P(word) = softmax(y W + b) (§3.4).
+
+    y: [..., D], w: [D, V], b: [V] -> [..., V]; each row sums to 1.
+
+    Raises:
+      AssertionError: shapes that do not fit; the message names the argument and both shapes.
+    """
+    logits = output_logits(y, w, b)
+    return nn.softmax(logits.astype(working_dtype(logits)))

@@ -1,0 +1,33 @@
+"""§3.3 Position-wise feed-forward networks."""
+
+from jax import Array, nn
+from jax.typing import DTypeLike
+
+from tfm.precision import linear
+from tfm.shapes import assert_fits
+
+
+def feed_forward(
+    x: Array,
+    w1: Array,
+    b1: Array,
+    w2: Array,
+    b2: Array,
+    *,
+    compute_dtype: DTypeLike | None = None,
+) -> Array:
+    """FFN(x) = max(0, x W₁ + b₁) W₂ + b₂, at each position alone (§3.3, equation 2).
+
+    x: [..., D], w1: [D, F], b1: [F], w2: [F, D], b2: [D] -> [..., D]
+
+    Raises:
+      AssertionError: shapes that do not fit; the message names the argument and both shapes.
+    """
+    assert_fits("x", x, (..., None))
+    d_model = x.shape[-1]
+    assert_fits("w1", w1, (d_model, None), x=x)
+    assert_fits("b1", b1, (w1.shape[1],), w1=w1)
+    assert_fits("w2", w2, (w1.shape[1], d_model), w1=w1, x=x)
+    assert_fits("b2", b2, (d_model,), w2=w2)
+    hidden = nn.relu(linear(x, w1, compute_dtype) + b1)
+    return linear(hidden, w2, compute_dtype) + b2

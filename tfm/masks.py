@@ -1,0 +1,31 @@
+"""§3.2.3 Who may attend to whom. Boolean, True = may attend; all broadcast to [..., H, L, K]."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from tfm.shapes import assert_fits
+
+
+def causal_mask(length: int) -> Array:
+    """Position i may attend to positions j ≤ i: [L, L]."""
+    return jnp.tril(jnp.ones((length, length), bool))
+
+
+def padding_mask(tokens: Array, pad_id: int = 0) -> Array:
+    """Every position may attend to real tokens only.
+
+    tokens: [..., K] ids -> [..., 1, 1, K], the same for every head and query.
+    """
+    assert_fits("tokens", tokens, (..., None))
+    return (tokens != pad_id)[..., None, None, :]
+
+
+def segment_mask(query_segments: Array, key_segments: Array) -> Array:
+    """Positions of packed rows may attend within their own sequence; segment 0 is padding.
+
+    query_segments: [..., L], key_segments: [..., K] -> [..., 1, L, K], the same for every head.
+    """
+    assert_fits("query_segments", query_segments, (..., None))
+    assert_fits("key_segments", key_segments, (..., None))
+    query_segments, key_segments = query_segments[..., :, None], key_segments[..., None, :]
+    return ((query_segments == key_segments) & (key_segments != 0))[..., None, :, :]

@@ -1,0 +1,141 @@
+"""§5.3 Optimizer and schedule; the training step, a pure function of state and batch."""
+
+from collections.abc import Callable
+
+import chex
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from tfm.loss import label_smoothed_cross_entropy
+from tfm.model import Transformer, shift_right
+
+Batch = dict[str, Array]
+"""int32 arrays [R, L]: source, target (labels), and their _segment_ids and _positions."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step reads and writes."""
+
+    step: Array  # number of updates done
+    params: chex.ArrayTree
+    opt_state: optax.OptState
+    key: Array  # raw PRNG key; the dropout of step i draws from fold_in(key, i)
+
+
+def paper_schedule(d_model: int, warmup_steps: int = 4000, factor: float = 1.0) -> optax.Schedule:
+    """lrate = factor · d_model^−0.5 · min(step^−0.5, step · warmup_steps^−1.5) (§5.3, equation 3).
+
+    The paper counts steps from 1, optax from 0: its step 0 is our step 1.
+    """
+
+    def schedule(count):
+        step = count + 1
+        return factor * d_model**-0.5 * jnp.minimum(step**-0.5, step * warmup_steps**-1.5)
+
+    return schedule
+
+
+def cosine_schedule(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """Linear from 0 to `peak` in `warmup_steps`, then half a cosine down to 0 at `total_steps`."""
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps)
+
+
+def make_optimizer(schedule: optax.Schedule, clip_threshold: float) -> optax.GradientTransformation:
+    """Clipping by the global norm, then the paper's Adam: β₁ = 0.9, β₂ = 0.98, ε = 1e-9 (§5.3)."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_threshold),
+        optax.adam(schedule, b1=0.9, b2=0.98, eps=1e-9),
+    )
+
+
+def init_state(
+    model: Transformer, optimizer: optax.GradientTransformation, key: Array
+) -> TrainState:
+    """Fresh parameters and moments; one half of `key` initialises, the other draws the dropout."""
+    init_key, dropout_key = jax.random.split(key)
+    tokens = jnp.ones((1, 2), jnp.int32)  # no parameter's shape depends on the data's
+    params = model.init(init_key, tokens, tokens)["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), dropout_key)
+
+
+def summed_loss(
+    model: Transformer,
+    params: chex.ArrayTree,
+    batch: Batch,
+    bos: int,
+    smoothing: float,
+    dropout_key: Array | None = None,
+) -> tuple[Array, Array]:
+    """The loss summed over the target tokens of a packed batch, and their number.
+
+    Sums, not means, so that micro-batches of unequal token counts add up to the large batch.
+    """
+    target_input = shift_right(batch["target"], bos, batch["target_positions"])
+    context = {
+        name: batch[name]
+        for side in ("source", "target")
+        for name in (f"{side}_segment_ids", f"{side}_positions")
+    }
+    logits = model.apply(
+        {"params": params}, batch["source"], target_input, dropout_key=dropout_key, **context
+    )
+    real = batch["target_segment_ids"] != 0
+    losses = label_smoothed_cross_entropy(logits, batch["target"], smoothing)
+    return jnp.where(real, losses, 0).sum(), real.sum()
+
+
+def make_train_step(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    *,
+    bos: int,
+    smoothing: float = 0.1,
+    accumulation: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The pure function (state, batch) -> (state, metrics); jit it with `donate_argnums=0`.
+
+    The batch's rows are cut into `accumulation` micro-batches, one after another in memory's sake.
+    Their gradients are summed over tokens, divided by the batch's tokens and clipped once: the
+    update equals that of the whole batch.
+
+    Metrics: `loss` in nats a token with smoothing, `tokens` (target), `gradient_norm` before
+    clipping.
+    """
+    gradient = jax.value_and_grad(summed_loss, argnums=1, has_aux=True)
+
+    def sum_gradients(params: chex.ArrayTree, batch: Batch, key: Array):
+        if accumulation == 1:
+            return gradient(model, params, batch, bos, smoothing, key)
+
+        def add(total, indexed):
+            i, micro = indexed
+            this = gradient(model, params, micro, bos, smoothing, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, this), None
+
+        micro_batches = jax.tree.map(
+            lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch
+        )
+        one = jax.tree.map(lambda x: x[0], micro_batches)
+        shapes = jax.eval_shape(gradient, model, params, one, bos, smoothing, key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, (jnp.arange(accumulation), micro_batches))[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        (loss, tokens), grads = sum_gradients(state.params, batch, key)
+        count = jnp.maximum(tokens, 1)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss / count,
+            "tokens": tokens,
+            "gradient_norm": optax.global_norm(grads),
+        }
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return train_step
