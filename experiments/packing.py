@@ -62,6 +62,25 @@ def pack(sequences: Sequence[np.ndarray], rows: list[list[int]], length: int) ->
     return [ids, segments, positions]
 
 
+def packed_rows(
+    examples: Sequence[dict[str, Any]], source_length: int, target_length: int
+) -> dict[str, np.ndarray]:
+    """All examples, in order, as rows: int32 [N, S] `source`, `source_segment_ids`,
+    `source_positions`, and int32 [N, T] the same for `target`.
+
+    Raises:
+      ValueError: an example longer than a row.
+    """
+    lengths = [(len(e["source"]), len(e["target"])) for e in examples]
+    plan = first_fit(lengths, (source_length, target_length))
+    arrays = {}
+    for side, length in (("source", source_length), ("target", target_length)):
+        names = (side, f"{side}_segment_ids", f"{side}_positions")
+        packed = pack([e[side] for e in examples], plan, length)
+        arrays |= dict(zip(names, packed, strict=True))
+    return arrays
+
+
 def packed_batches(
     examples: Sequence[dict[str, Any]],
     *,
@@ -70,9 +89,8 @@ def packed_batches(
     target_length: int,
     seed: int,
 ) -> grain.DatasetIterator:
-    """Endless batches of `rows` packed rows; the rows come in a new order each epoch.
+    """Endless batches of `rows` of the rows of `packed_rows`, in a new order each epoch.
 
-    int32 [R, S]: source, source_segment_ids, source_positions; int32 [R, T]: the same for target.
     Which examples share a row is fixed by the seed; no example sees another, so only the mixture
     within a batch depends on it. `get_state` and `set_state` resume exactly.
 
@@ -80,15 +98,9 @@ def packed_batches(
       ValueError: an example longer than a row.
     """
     order = np.random.default_rng(seed).permutation(len(examples))
-    lengths = [(len(examples[i]["source"]), len(examples[i]["target"])) for i in order]
-    plan = first_fit(lengths, (source_length, target_length))
-    arrays = {}
-    for side, length in (("source", source_length), ("target", target_length)):
-        packed = pack([examples[i][side] for i in order], plan, length)
-        names = (side, f"{side}_segment_ids", f"{side}_positions")
-        arrays |= dict(zip(names, packed, strict=True))
+    arrays = packed_rows([examples[i] for i in order], source_length, target_length)
     stream = (
-        grain.MapDataset.range(len(plan))
+        grain.MapDataset.range(len(arrays["source"]))
         .seed(seed)
         .shuffle()
         .repeat(None)

@@ -30,21 +30,20 @@ def assert_gradients_right(function, *arguments, modes=("fwd", "rev")):
 
 
 def assert_default_precision(function, *arguments):
-    """The result is f32, or the widest of the inputs (nothing is computed for this)."""
-    widest = {
-        (jnp.bfloat16, jnp.bfloat16): jnp.float32,
-        (jnp.bfloat16, jnp.float32): jnp.float32,
-        (jnp.float32, jnp.float32): jnp.float32,
-        (jnp.float32, jnp.float64): jnp.float64,
-        (jnp.float64, jnp.float64): jnp.float64,
-    }
+    """The result is f32, or the widest of the inputs. Only types are derived, nothing is computed."""
+    bf16, f32, f64 = jnp.bfloat16, jnp.float32, jnp.float64
     with jax.enable_x64(True):
-        for (first, others), expected in widest.items():
+        for first, others, expected in [
+            (bf16, bf16, f32),
+            (f32, bf16, f32),
+            (f32, f32, f32),
+            (f64, f32, f64),
+            (f64, f64, f64),
+        ]:
             kinds = [first] + [others] * (len(arguments) - 1)
             cast = [jnp.asarray(x, kind) for x, kind in zip(arguments, kinds, strict=True)]
             result = jax.eval_shape(function, *cast)
-            if len(arguments) > 1 or first == others:
-                assert result.dtype == expected, (first, others, result.dtype)
+            assert result.dtype == expected, (first, others, result.dtype)
 
 
 def assert_refuses(function, *arguments, words, error=(ValueError, AssertionError)):

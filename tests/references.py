@@ -95,10 +95,7 @@ def layer_norm(x, scale, bias, epsilon):
     mean = sum(x) / d_model
     variance = sum((element - mean) ** 2 for element in x) / d_model
     return np.array(
-        [
-            (x[m] - mean) / math.sqrt(variance + epsilon) * scale[m] + bias[m]
-            for m in range(d_model)
-        ]
+        [(x[m] - mean) / math.sqrt(variance + epsilon) * scale[m] + bias[m] for m in range(d_model)]
     )
 
 

@@ -43,6 +43,11 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return restored["tree"], restored["notes"]
 
+    def restore_params(self, step: int) -> chex.ArrayTree:
+        """The `params` of the tree of `step`, as saved: nested dicts of arrays."""
+        items = {"tree": ocp.args.StandardRestore()}
+        return self._manager.restore(step, args=ocp.args.Composite(**items))["tree"]["params"]
+
     def close(self) -> None:
         """Waits for saves under way. Leaving the process without it would lose them silently."""
         self._manager.wait_until_finished()

@@ -1,23 +1,20 @@
 """Learn to pronounce English words from CMUdict: letters in, sounds out."""
 
 import dataclasses
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import chex
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from experiments import data, metrics
 from experiments.data import DataError, Lexicon
 from experiments.loop import Schedule, train
-from experiments.pronouncer import Pronouncer, load
-from experiments.report import AttentionMap, Example, write_report
+from experiments.packing import packed_batches, packed_rows
+from experiments.pronouncer import Pronouncer
 from experiments.run_folder import RunFolder, plain, write_json
+from experiments.tasks.pronounce_report import report
 from experiments.vocabulary import BOS, Vocabulary
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
@@ -30,13 +27,13 @@ from tfm.training import (
     summed_loss,
 )
 
-INVENTED = ("blorptastic", "snizzle", "quorbly", "transformerize", "zhoodle", "phlant")
-
 
 @dataclasses.dataclass(frozen=True)
 class PronounceConfig:
     """Train a Transformer to pronounce words, and report how well it does."""
 
+    preset: Literal["default", "full"] = "default"
+    """What the other flags start from: default takes minutes on two cores, full more than an hour."""
     run: Path = Path("runs/pronounce")
     """Folder of the run: config, metrics, checkpoints, results, report."""
     seed: int = 0
@@ -65,7 +62,7 @@ class PronounceConfig:
     """Micro-batches that a batch's rows are cut into, to save memory; divides rows."""
     model: TransformerConfig = TransformerConfig(
         vocab_size=42, source_vocab_size=30, d_model=128, d_ff=512, num_heads=4,
-        num_encoder_layers=2, num_decoder_layers=2,
+        num_encoder_layers=2, num_decoder_layers=2, dropout_rate=0.0,
     )  # fmt: skip
     """The Transformer. Its vocabulary sizes must be those of the data."""
     schedule: Literal["cosine", "paper"] = "cosine"
@@ -73,7 +70,7 @@ class PronounceConfig:
     learning_rate: float = 2e-3
     """Peak of the cosine schedule; for the paper's, the factor before its formula."""
     warmup_steps: int = 300
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; the cosine schedule takes at most half of all steps."""
     clip: float = 1.0
     """Threshold θ of the global gradient norm."""
     smoothing: float = 0.1
@@ -96,12 +93,23 @@ class PronounceConfig:
             raise ValueError("valid_file and test_file go with a train_file")
 
 
-FULL = PronounceConfig()
+PRESETS = {
+    "default": PronounceConfig(),
+    "full": PronounceConfig(
+        preset="full",
+        run=Path("runs/pronounce-full"),
+        steps=9000,
+        evaluate_every=900,
+        model=TransformerConfig(
+            vocab_size=42, source_vocab_size=30, d_model=256, d_ff=1024, num_heads=4,
+            num_encoder_layers=3, num_decoder_layers=3, dropout_rate=0.15,
+        ),
+        learning_rate=1.2e-3,
+        warmup_steps=800,
+    ),
+}  # fmt: skip
 
-PRESETS = {"default": PronounceConfig(), "full": FULL}
-"""`--preset`: the default takes minutes on two cores, full more than an hour."""
-
-MAY_DIFFER = {"run", "steps", "save_every", "log_every", "evaluate_every"}
+MAY_DIFFER = {"preset", "run", "steps", "save_every", "log_every", "evaluate_every"}
 """Fields that change no update, or (steps) extend the run; the others are fixed by its folder."""
 
 
@@ -154,7 +162,8 @@ def make_learning_rate(config: PronounceConfig) -> Callable:
     """The schedule that the config names."""
     if config.schedule == "paper":
         return paper_schedule(config.model.d_model, config.warmup_steps, config.learning_rate)
-    return cosine_schedule(config.learning_rate, config.warmup_steps, config.steps)
+    warmup = min(config.warmup_steps, config.steps // 2)
+    return cosine_schedule(config.learning_rate, warmup, config.steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,3 +184,106 @@ def score(pronouncer: Pronouncer, lexicon: Lexicon, beam: int | None = None) -> 
         metrics.phone_error_rate(hypotheses, references),
         hypotheses,
     )
+
+
+def make_evaluate(
+    config: PronounceConfig, lexicons: Lexicons, pronouncer: Pronouncer
+) -> Callable[[Any], dict[str, float]]:
+    """params -> `valid_loss` (nats a sound, no smoothing, no dropout), `valid_wer`, `valid_per`.
+
+    The words are decoded greedily: this is to watch the training, and the beam is for the result.
+    """
+    made = data.examples(lexicons.valid, lexicons.letters, lexicons.phones)
+    arrays = packed_rows(made, config.source_length, config.target_length)
+    missing = -len(arrays["source"]) % config.rows  # rows of padding, so that one shape serves all
+    batches = [
+        {k: np.pad(v, ((0, missing), (0, 0)))[i : i + config.rows] for k, v in arrays.items()}
+        for i in range(0, len(arrays["source"]), config.rows)
+    ]
+    loss = jax.jit(lambda params, b: summed_loss(pronouncer.model, params, b, BOS, smoothing=0.0))
+
+    def evaluate(params: Any) -> dict[str, float]:
+        sums = jax.device_get([loss(params, batch) for batch in batches])
+        found = score(dataclasses.replace(pronouncer, params=params), lexicons.valid, beam=1)
+        valid_loss = sum(float(s) for s, _ in sums) / sum(int(n) for _, n in sums)
+        return {"valid_loss": valid_loss, "valid_wer": found.wer, "valid_per": found.per}
+
+    return evaluate
+
+
+def fit(config: PronounceConfig, lexicons: Lexicons, folder: RunFolder) -> tuple[Pronouncer, dict]:
+    """Trains (or goes on training); returns the pronouncer and what there is to say of the run."""
+    made = data.examples(lexicons.train, lexicons.letters, lexicons.phones)
+    model = Transformer(config.model)
+    learning_rate = make_learning_rate(config)
+    optimizer = make_optimizer(learning_rate, config.clip)
+    train_step = make_train_step(
+        model, optimizer, bos=BOS, smoothing=config.smoothing, accumulation=config.accumulation
+    )
+    # A raw key: a plain array, like all else in the state.
+    state = init_state(model, optimizer, jax.random.PRNGKey(config.seed))
+    untrained = Pronouncer(
+        model, state.params, lexicons.letters, lexicons.phones,
+        config.source_length, config.target_length, config.beam, config.alpha,
+    )  # fmt: skip
+    batches = packed_batches(
+        made, rows=config.rows, source_length=config.source_length,
+        target_length=config.target_length, seed=config.seed,
+    )  # fmt: skip
+    schedule = Schedule(config.steps, config.log_every, config.evaluate_every, config.save_every)
+    state, seconds = train(
+        jax.jit(train_step, donate_argnums=0), state, batches, folder, schedule,
+        learning_rate=learning_rate,
+        evaluate=make_evaluate(config, lexicons, untrained),
+        fingerprint=data.fingerprint(made),
+    )  # fmt: skip
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    about = {"steps": int(state.step), "parameters": parameters, "train_seconds": seconds}
+    return dataclasses.replace(untrained, params=state.params), about
+
+
+def results_of(config: PronounceConfig, about: dict, valid: Score, test: Score) -> dict[str, Any]:
+    """results.json: error rates as fractions."""
+    return {
+        "test_wer": test.wer,
+        "test_per": test.per,
+        "valid_wer": valid.wer,
+        "valid_per": valid.per,
+        "test_words": len(test.hypotheses),
+        "valid_words": len(valid.hypotheses),
+        **about,
+        "seed": config.seed,
+        "beam": config.beam,
+        "weights": "of the last step",
+    }
+
+
+def check(config: PronounceConfig, lexicons: Lexicons) -> None:
+    """Raises DataError for a word that no packed row can hold."""
+    for lexicon in (lexicons.train, lexicons.valid, lexicons.test):
+        made = data.examples(lexicon, lexicons.letters, lexicons.phones)
+        data.check_lengths(made, config.source_length, config.target_length)
+
+
+def run(config: PronounceConfig) -> None:
+    """The whole job: data, training, evaluation, report."""
+    lexicons = load_lexicons(config)
+    config = resolve(config, lexicons)
+    check(config, lexicons)
+    folder = RunFolder(config.run)
+    done = folder.read("results.json")
+    folder.claim(plain(config), MAY_DIFFER)
+    if done and done["steps"] == config.steps:
+        print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
+        return
+    vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
+    write_json(folder.path / "vocabularies.json", vocabularies)
+    for name, size in (("training", lexicons.train), ("validation", lexicons.valid), ("test", lexicons.test)):
+        print(f"{len(size):,} {name} words", end="  ")
+    print(f"{config.model.parameter_count():,} parameters", flush=True)
+    pronouncer, about = fit(config, lexicons, folder)
+    valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
+    results = results_of(config, about, valid, test)
+    report(plain(config), lexicons, folder, pronouncer, results, test.hypotheses)
+    # Last, so that a folder with results is a folder with everything.
+    write_json(folder.path / "results.json", results)

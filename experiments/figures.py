@@ -1,0 +1,163 @@
+"""The report's pictures, as SVG to stand inside HTML: their colours are its CSS variables."""
+
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+_INK, _MUTED, _GRID, _LINES = "#000001", "#000002", "#000003", ("#000004", "#000005")
+# matplotlib knows no CSS variables: it draws with stand-ins, and the variables take their place
+# in the SVG. So a picture follows the page between light and dark.
+_PAINT = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _GRID: "var(--line)",
+    _LINES[0]: "var(--accent)",
+    _LINES[1]: "var(--second)",
+}
+_LABEL_HEIGHT = 25  # points that the two lines of a label at a curve's end take
+_CELL = 14  # the side of a heat map's cell
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One small plot over the training steps."""
+
+    title: str
+    note: str
+    lines: dict[str, str]
+    """key in metrics.jsonl -> the name at the end of its line; '' for a line that is alone"""
+    value: str
+    """format of a line's last value"""
+    tick: str
+    """format of the values on the axis"""
+    scale: Literal["linear", "log"] = "linear"
+
+
+PANELS = (
+    Panel("Loss", "Nats a sound, logarithmic; lower is better.",
+          {"loss": "training", "valid_loss": "validation"}, "{:.2f}", "{:g}", "log"),
+    Panel("Words wrong", "WER on the validation words.", {"valid_wer": ""}, "{:.1%}", "{:.0%}"),
+    Panel("Sounds wrong", "PER on the validation words.", {"valid_per": ""}, "{:.1%}", "{:.0%}"),
+    Panel("Learning rate", "The size of a step, as scheduled.", {"learning_rate": ""},
+          "{:.2g}", "{:.2g}"),
+    Panel("Gradient norm", "Before clipping; a spike is a hard batch.", {"gradient_norm": ""},
+          "{:.2f}", "{:.2g}"),
+    Panel("Speed", "Tokens a second.", {"tokens_per_second": ""}, "{:,.0f}", "{:,.0f}"),
+)  # fmt: skip
+
+
+def _inline(figure: Figure, name: str, description: str) -> str:
+    """The figure as an <svg> element that scales with the page and fetches nothing."""
+    buffer = io.StringIO()
+    # Real text, in the page's font; the salt keeps the ids of one picture out of another's.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    _, body = svg[svg.index("<svg") :].split(">", 1)
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'<g id="[^"]*">', "<g>", body)
+    for stand_in, variable in _PAINT.items():
+        body = body.replace(stand_in, variable)
+    width, height = figure.get_size_inches() * 72
+    return (
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'aria-label="{escape(description)}">{body.strip()}'
+    )
+
+
+def _tidy(axes: Axes, panel: Panel) -> None:
+    """Horizontal grid lines, round numbers, and nothing else."""
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(_MUTED)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, which="both", labelcolor=_MUTED, labelsize=9.5, pad=5)
+    axes.set_yscale(panel.scale)
+    if panel.scale == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 2.5, 5, 10)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter(panel.tick.replace("{:", "{x:")))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Writes (step, value, text, colour) right of each end; labels that would touch move apart."""
+    heights = [axes.transData.transform((step, value))[1] for step, value, _, _ in ends]
+    closeness = _LABEL_HEIGHT - abs(heights[0] - heights[-1]) if len(ends) > 1 else 0
+    upper = heights.index(max(heights))
+    for index, (step, value, text, colour) in enumerate(ends):
+        shift = max(closeness, 0) / 2 * (1 if index == upper else -1)
+        axes.annotate(
+            text, (step, value), (7, shift), textcoords="offset points", color=colour,
+            fontsize=10, va="center", annotation_clip=False,
+        )  # fmt: skip
+
+
+def learning_curve(panel: Panel, metrics: Sequence[dict[str, Any]]) -> str:
+    """The panel as SVG, from the objects of metrics.jsonl; '' where none of its keys was logged."""
+    figure = Figure(figsize=(3.9, 2.2), dpi=72)  # 72: a pixel is a point, the unit of the labels
+    axes = figure.add_axes((0.13, 0.13, 0.66, 0.8))
+    ends, told = [], []
+    for (key, name), colour in zip(panel.lines.items(), _LINES, strict=False):
+        points = [(m["step"], m[key]) for m in metrics if key in m]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        # Few points are measurements with nothing known in between: show where they are.
+        axes.plot(steps, values, color=colour, lw=1.6, ms=3.5,
+                  marker="o" if len(points) < 40 else "", clip_on=False)  # fmt: skip
+        last = panel.value.format(values[-1])
+        ends.append((steps[-1], values[-1], f"{name}\n{last}".strip(), colour))
+        told.append(f"{name} from {panel.value.format(values[0])} to {last}".strip())
+    if not ends:
+        return ""
+    _tidy(axes, panel)
+    axes.set_xlim(0, max(m["step"] for m in metrics))
+    _label_ends(axes, ends)
+    return _inline(figure, panel.title, f"{panel.title}: {', '.join(told)}")
+
+
+def attention_map(letters: Sequence[str], sounds: Sequence[str], weights: np.ndarray) -> str:
+    """A heat map as SVG; weights [len(sounds), len(letters)] in [0, 1] are the cells' opacity.
+
+    Written by hand: a hundred small plots take matplotlib seconds, and its cells have no tooltips.
+    """
+    left, right, bottom = 6.5 * max(map(len, sounds)) + 5, _CELL * len(letters), _CELL * len(sounds)
+    parts = [f'<rect class="well" x="{left}" width="{right}" height="{bottom}"/>']
+    for row, sound in enumerate(sounds):
+        y = _CELL * row
+        parts.append(_label(sound, left - 4, y + 10.5, "sound"))
+        for column, letter in enumerate(letters):
+            weight = weights[row, column]
+            if weight >= 0.02:  # fainter ones cannot be seen, and would be most of the file
+                parts.append(
+                    f'<rect class="cell" x="{left + _CELL * column + 0.5}" y="{y + 0.5}" '
+                    f'width="{_CELL - 1}" height="{_CELL - 1}" opacity="{weight:.2f}">'
+                    f"<title>{escape(sound)} looks at {escape(letter)}: {weight:.2f}</title></rect>"
+                )
+    for column, letter in enumerate(letters):
+        parts.append(_label(letter, left + _CELL * (column + 0.5), bottom + 11.5, "letter"))
+    width, height = left + right, bottom + _CELL
+    return (
+        f'<svg class="heat" viewBox="0 0 {width} {height}" style="max-width:{1.6 * width:.0f}px" '
+        f'role="img" aria-label="attention from sounds to letters">{"".join(parts)}</svg>'
+    )
+
+
+def _label(symbol: str, x: float, y: float, axis: str) -> str:
+    if symbol == "</s>":
+        return f'<text class="{axis} end" x="{x}" y="{y - 1}">■</text>'
+    return f'<text class="{axis}" x="{x}" y="{y}">{escape(symbol)}</text>'

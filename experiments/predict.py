@@ -1,0 +1,77 @@
+"""Words on standard input, pronunciations on standard output, line for line."""
+
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from experiments.pronouncer import Pronouncer, UnknownWord, load
+
+LINES_AT_ONCE = 4096  # sorted by length within; enough to fill batches, little to hold
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+    """Reads words, one a line, and writes one pronunciation a line."""
+
+    run: Path = Path("runs/pronounce")
+    """Folder of a finished (or stopped) run."""
+    beam: int | None = None
+    """Beam width. None: that of the run, or nbest where that is larger."""
+    nbest: int | None = None
+    """Write the N best, a line each: word, score and pronunciation, separated by tabs."""
+
+    def __post_init__(self) -> None:
+        for name in ("beam", "nbest"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.beam is not None and self.nbest is not None and self.nbest > self.beam:
+            raise ValueError(f"nbest={self.nbest} must be at most beam={self.beam}")
+
+
+def _decode_line(pronouncer: Pronouncer, number: int, line: bytes) -> str | None:
+    """The word of a line, or None with the reason on standard error."""
+    try:
+        word = line.rstrip(b"\r\n").decode("utf-8").strip()
+        pronouncer.encode(word)
+        return word
+    except UnicodeDecodeError:
+        print(f"line {number}: invalid UTF-8", file=sys.stderr)
+    except UnknownWord as error:
+        print(f"line {number}: {error}", file=sys.stderr)
+    return None
+
+
+def predict(pronouncer: Pronouncer, lines: Iterable[bytes], config: PredictConfig) -> Iterator[str]:
+    """One line for each line of input (`nbest` lines where that is asked for).
+
+    A line that cannot be pronounced gives empty ones, so that input and output stay in step.
+    """
+    n = config.nbest or 1
+    numbered = enumerate(lines, start=1)
+    while chunk := list(itertools.islice(numbered, LINES_AT_ONCE)):
+        words = [_decode_line(pronouncer, number, line) for number, line in chunk]
+        good = [word for word in words if word is not None]
+        found = iter(pronouncer.nbest(good, n, config.beam) if good else [])
+        for word in words:
+            if word is None:
+                yield from [""] * n
+            elif config.nbest is None:
+                yield str(next(found)[0])
+            else:
+                yield from (f"{word}\t{p.score:.4f}\t{p}" for p in next(found))
+
+
+def run(config: PredictConfig) -> None:
+    """Standard input to standard output."""
+    pronouncer = load(config.run)
+    try:
+        for line in predict(pronouncer, sys.stdin.buffer, config):
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has left (`| head`): not an error, and nothing more to say at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,65 @@
+"""The command line: `python -m experiments.run [EXPERIMENT] [flags]`."""
+
+import argparse
+import importlib
+import sys
+
+EXPERIMENTS = {
+    "pronounce": "Train a Transformer on a pronunciation dictionary and report on it (the default).",
+    "predict": "Pronounce the words on standard input with a trained model, a line each.",
+}
+
+
+def usage() -> str:
+    """The answer to --help: every experiment with one sentence."""
+    lines = [f"  {name:<12}{sentence}" for name, sentence in EXPERIMENTS.items()]
+    return "\n".join(
+        ["usage: python -m experiments.run [EXPERIMENT] [flags]", "", "experiments:", *lines, "",
+         "No experiment means pronounce: `python -m experiments.run` trains it in minutes.",
+         "Flags of one experiment: python -m experiments.run EXPERIMENT --help"]
+    )  # fmt: skip
+
+
+def pronounce(arguments: list[str]) -> None:
+    """Parses the flags over the chosen preset, and runs the task."""
+    import tyro
+
+    from experiments.tasks.pronounce import PRESETS, run
+
+    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset.add_argument("--preset", choices=list(PRESETS), default="default")
+    chosen = preset.parse_known_args(arguments)[0].preset
+    config = tyro.cli(
+        type(PRESETS[chosen]), default=PRESETS[chosen], args=arguments,
+        prog="python -m experiments.run pronounce",
+    )  # fmt: skip
+    run(config)
+
+
+def predict(arguments: list[str]) -> None:
+    """Parses the flags, and pronounces standard input."""
+    import tyro
+
+    from experiments.predict import PredictConfig, run
+
+    run(tyro.cli(PredictConfig, args=arguments, prog="python -m experiments.run predict"))
+
+
+def main(arguments: list[str]) -> None:
+    """Runs one experiment; what a user can mend is told in one line, with exit code 2."""
+    if arguments[:1] in (["--help"], ["-h"], ["help"]):
+        print(usage())
+        return
+    name = "pronounce" if not arguments or arguments[0].startswith("-") else arguments[0]
+    if name not in EXPERIMENTS:
+        sys.exit(f"error: no experiment named {name!r}\n\n{usage()}")
+    flags = arguments[1:] if arguments[:1] == [name] else arguments
+    try:
+        globals()[name](flags)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

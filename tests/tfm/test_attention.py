@@ -1,0 +1,310 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from checks import (
+    assert_close,
+    assert_default_precision,
+    assert_gradients_right,
+    assert_refuses,
+    assert_transforms_agree,
+    relative_error,
+)
+
+from tfm import (
+    attention_weights,
+    causal_mask,
+    merge_heads,
+    multi_head_attention,
+    scaled_dot_product_attention,
+    split_heads,
+)
+
+
+def queries_keys_values(rng, leading=(2, 3), length=4, keys=5, d_k=8):
+    """query [..., L, d_k], key [..., K, d_k], value [..., K, d_k]."""
+    lengths = (length, keys, keys)
+    return tuple(rng.standard_normal((*leading, n, d_k)) for n in lengths)
+
+
+def random_mask(rng, *shape):
+    """Two keys in three are allowed; the first query of each example may attend to nothing."""
+    mask = rng.random(shape) < 2 / 3
+    mask[..., 0, :] = False
+    return mask
+
+
+# Scaled dot-product attention
+
+
+def test_weights_of_a_worked_example():
+    # q·k = 2 and 0, d_k = 4: the scores are 2/√4 = 1 and 0.
+    query = jnp.array([[2.0, 0.0, 0.0, 0.0]])
+    key = jnp.array([[1.0, 5.0, 0.0, 0.0], [0.0, 7.0, 0.0, 0.0]])
+    e = np.e
+    assert_close(attention_weights(query, key), [[e / (e + 1), 1 / (e + 1)]], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("leading", "length", "keys", "d_k"), [((), 1, 1, 1), ((3,), 2, 5, 4), ((2, 3), 4, 5, 8)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_equals_the_reference(rng, tolerance, leading, length, keys, d_k, masked):
+    query, key, value = queries_keys_values(rng, leading, length, keys, d_k)
+    mask = random_mask(rng, *leading, length, keys) if masked else None
+    allowed = np.ones((length, keys), bool) if mask is None else mask
+    q, k, v = map(jnp.asarray, (query, key, value))
+    assert_close(
+        attention_weights(q, k, mask), references.attention_weights(query, key, allowed), tolerance
+    )
+    assert_close(
+        scaled_dot_product_attention(q, k, v, mask),
+        references.attention(query, key, value, allowed),
+        tolerance,
+    )
+
+
+def test_a_mask_broadcasts_over_heads(rng):
+    q, k, v = map(jnp.asarray, queries_keys_values(rng))
+    mask = jnp.asarray(random_mask(rng, 2, 1, 4, 5))
+    assert_close(
+        scaled_dot_product_attention(q, k, v, mask),
+        scaled_dot_product_attention(q, k, v, jnp.broadcast_to(mask, (2, 3, 4, 5))),
+        1e-6,
+    )
+
+
+def test_weights_are_a_distribution_over_the_allowed_keys(rng):
+    query, key, _ = map(jnp.asarray, queries_keys_values(rng))
+    mask = random_mask(rng, 2, 3, 4, 5)
+    weights = attention_weights(query, key, mask)
+    assert (weights >= 0).all()
+    assert (weights[~mask] == 0).all()
+    assert_close(weights.sum(-1), mask.any(-1).astype(float), 1e-6)
+
+
+def test_outputs_lie_between_the_values(rng):
+    query, key, value = map(jnp.asarray, queries_keys_values(rng))
+    out = scaled_dot_product_attention(query, key, value)
+    assert (out <= value.max(-2, keepdims=True) + 1e-6).all()
+    assert (out >= value.min(-2, keepdims=True) - 1e-6).all()
+
+
+def test_permuting_keys_with_their_values_changes_nothing(rng):
+    query, key, value = map(jnp.asarray, queries_keys_values(rng))
+    order = rng.permutation(5)
+    assert_close(
+        scaled_dot_product_attention(query, key[..., order, :], value[..., order, :]),
+        scaled_dot_product_attention(query, key, value),
+        1e-5,
+    )
+
+
+def test_large_scores_do_not_overflow():
+    query = jnp.full((1, 4), 1e4)
+    key = jnp.array([[1e4] * 4, [-1e4] * 4])
+    assert_close(attention_weights(query, key), [[1.0, 0.0]], 0)
+
+
+def test_a_masked_key_has_no_influence_however_large(rng):
+    query, key, value = map(jnp.asarray, queries_keys_values(rng))
+    mask = jnp.array([True, True, False, True, True])
+    small = scaled_dot_product_attention(query, key, value, mask)
+    key, value = key.at[..., 2, :].set(1e6), value.at[..., 2, :].set(-1e6)
+    assert_close(scaled_dot_product_attention(query, key, value, mask), small, 1e-6)
+
+
+def test_a_fully_masked_row_gives_zeros_and_no_gradient(rng):
+    inputs = tuple(map(jnp.asarray, queries_keys_values(rng)))
+    mask = jnp.asarray(random_mask(rng, 2, 3, 4, 5)).at[0].set(False)
+
+    @jax.jit
+    def loss_gradients_and_out(*inputs):
+        def loss(*inputs):
+            out = scaled_dot_product_attention(*inputs, mask)
+            return jnp.square(out - 1).sum(), out
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*inputs)
+
+    gradients, out = loss_gradients_and_out(*inputs)
+    assert (out[..., 0, :] == 0).all()  # the first query of each example
+    assert (out[0] == 0).all()  # an example in which nothing is allowed
+    assert (out[1, :, 1:] != 0).any()
+    for gradient in gradients:
+        assert jnp.isfinite(gradient).all()
+        assert (gradient[0] == 0).all()
+        assert (gradient[1] != 0).any()
+    assert (gradients[0][..., 0, :] == 0).all()
+
+
+def test_under_a_causal_mask_no_gradient_comes_from_later_keys(rng):
+    query, key, value = map(jnp.asarray, queries_keys_values(rng, leading=(), keys=4))
+
+    def attend(key, value):
+        return scaled_dot_product_attention(query, key, value, causal_mask(4))
+
+    for jacobian in jax.jit(jax.jacrev(attend, argnums=(0, 1)))(key, value):
+        influence = np.abs(jacobian).max((1, 3))  # [L, K]
+        assert (influence[np.triu_indices(4, 1)] == 0).all()
+        assert (influence[np.tril_indices(4, -1)] > 0).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_gradients(rng, x64, masked):
+    mask = random_mask(rng, 2, 4, 5) if masked else None
+    assert_gradients_right(
+        lambda q, k, v: scaled_dot_product_attention(q, k, v, mask),
+        *queries_keys_values(rng, leading=(2,)),
+    )
+
+
+@pytest.mark.parametrize("function", [attention_weights, scaled_dot_product_attention])
+def test_attention_under_jit_vmap_and_in_each_precision(rng, function):
+    inputs = queries_keys_values(rng)[: 2 if function is attention_weights else 3]
+    mask = random_mask(rng, 2, 3, 4, 5)
+    assert_transforms_agree(function, *inputs, mask)
+    assert_default_precision(function, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "words"),
+    [
+        ((4,), (5, 8), (5, 8), ["query", "(4,)"]),
+        ((4, 8), (8,), (5, 8), ["key", "(8,)"]),
+        ((4, 8), (5, 8), (8,), ["value", "(8,)"]),
+        ((4, 8), (5, 7), (5, 8), ["key", "(5, 7)", "query", "(4, 8)"]),
+        ((4, 8), (5, 8), (6, 8), ["value", "(6, 8)", "key", "(5, 8)"]),
+        ((2, 4, 8), (3, 5, 8), (3, 5, 8), ["key", "(3, 5, 8)", "query", "(2, 4, 8)"]),
+        ((2, 4, 8), (2, 5, 8), (3, 5, 8), ["value", "(3, 5, 8)", "(2, 5, 8)"]),
+    ],
+)
+def test_attention_refuses_shapes_that_do_not_fit(query, key, value, words):
+    inputs = map(jnp.zeros, (query, key, value))
+    assert_refuses(scaled_dot_product_attention, *inputs, words=words)
+
+
+@pytest.mark.parametrize("mask", [(4, 6), (3, 5), (3, 4, 5)])
+def test_attention_refuses_a_mask_that_does_not_broadcast(rng, mask):
+    query, key, _ = map(jnp.asarray, queries_keys_values(rng, leading=(2,)))
+    refused = jnp.ones(mask, bool)
+    assert_refuses(attention_weights, query, key, refused, words=["mask", str(mask), "(2, 4, 5)"])
+
+
+def test_attention_refuses_a_mask_that_would_add_queries(rng):
+    query, key, _ = map(jnp.asarray, queries_keys_values(rng, leading=(2,), length=1))
+    refused = jnp.ones((3, 5), bool)
+    assert_refuses(attention_weights, query, key, refused, words=["mask", "(3, 5)", "(2, 1, 5)"])
+
+
+def test_attention_refuses_a_mask_that_is_not_boolean(rng):
+    query, key, _ = map(jnp.asarray, queries_keys_values(rng))
+    refused = jnp.zeros((4, 5))
+    assert_refuses(
+        attention_weights, query, key, refused, words=["mask", "float32"], error=TypeError
+    )
+
+
+# Heads
+
+
+def test_head_i_holds_features_i_d_k_and_following():
+    x = jnp.arange(2 * 6).reshape(2, 6)  # L = 2, D = 6
+    heads = split_heads(x, 3)
+    assert heads.tolist() == [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 6])
+def test_merging_undoes_splitting(rng, num_heads):
+    x = jnp.asarray(rng.standard_normal((2, 3, 4, 6)))
+    heads = split_heads(x, num_heads)
+    assert heads.shape == (2, 3, num_heads, 4, 6 // num_heads)
+    assert (merge_heads(heads) == x).all()
+
+
+def test_heads_under_jit_and_vmap(rng):
+    assert_transforms_agree(lambda x: split_heads(x, 2), rng.standard_normal((2, 3, 4, 6)))
+    assert_transforms_agree(merge_heads, rng.standard_normal((2, 3, 2, 4, 3)))
+
+
+def test_heads_that_do_not_divide_d_model_are_refused():
+    for num_heads in (4, 0):
+        words = [f"num_heads={num_heads}", "d_model=6"]
+        assert_refuses(split_heads, jnp.zeros((2, 6)), num_heads, words=words, error=ValueError)
+    assert_refuses(split_heads, jnp.zeros(6), 2, words=["x", "(6,)"])
+    assert_refuses(merge_heads, jnp.zeros((2, 6)), words=["x", "(2, 6)"])
+
+
+# Multi-head attention
+
+
+def multi_head_inputs(rng, leading=(), length=4, keys=5, d_model=6):
+    """query_input, key_value_input and the four weights."""
+    inputs = [rng.standard_normal((*leading, n, d_model)) for n in (length, keys)]
+    weights = [rng.standard_normal((d_model, d_model)) / d_model**0.5 for _ in range(4)]
+    return inputs + weights
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3])
+def test_multi_head_attention_equals_a_loop_over_heads(rng, tolerance, num_heads):
+    inputs = multi_head_inputs(rng, leading=(2,))
+    mask = random_mask(rng, 2, num_heads, 4, 5)
+    assert_close(
+        multi_head_attention(*map(jnp.asarray, inputs), num_heads, mask),
+        references.multi_head_attention(*inputs, num_heads, mask),
+        tolerance,
+    )
+
+
+def test_one_head_is_one_attention(rng):
+    x, memory, w_q, w_k, w_v, w_o = map(jnp.asarray, multi_head_inputs(rng))
+    one = scaled_dot_product_attention(x @ w_q, memory @ w_k, memory @ w_v) @ w_o
+    assert_close(multi_head_attention(x, memory, w_q, w_k, w_v, w_o, 1), one, 1e-5)
+
+
+def test_multi_head_attention_gradients(rng, x64):
+    mask = random_mask(rng, 2, 4, 5)
+    assert_gradients_right(lambda *x: multi_head_attention(*x, 2, mask), *multi_head_inputs(rng))
+
+
+def test_multi_head_attention_under_jit_vmap_and_in_each_precision(rng):
+    inputs = multi_head_inputs(rng, leading=(2, 3))
+    mask = random_mask(rng, 2, 3, 2, 4, 5)
+    assert_transforms_agree(
+        lambda *x: multi_head_attention(*x[:-1], 2, x[-1]),
+        *inputs,
+        mask,
+        in_axes=(0, 0, None, None, None, None, 0),
+    )
+    assert_default_precision(lambda *x: multi_head_attention(*x, 2), *inputs)
+
+
+def test_bfloat16_compute_stays_within_two_percent(rng):
+    inputs = [jnp.asarray(x) for x in multi_head_inputs(rng, (2,), 16, 16, d_model=32)]
+    exact = multi_head_attention(*inputs, 4)
+    rounded = multi_head_attention(*inputs, 4, compute_dtype=jnp.bfloat16)
+    assert rounded.dtype == jnp.float32
+    assert 0 < relative_error(rounded, exact) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "words"),
+    [
+        (0, (6,), ["query_input", "(6,)"]),
+        (1, (5, 4), ["key_value_input", "(5, 4)", "query_input", "(4, 6)"]),
+        (2, (6, 5), ["w_q", "(6, 5)", "query_input", "(4, 6)"]),
+        (3, (5, 6), ["w_k", "(5, 6)"]),
+        (4, (6,), ["w_v", "(6,)"]),
+        (5, (2, 6, 6), ["w_o", "(2, 6, 6)"]),
+    ],
+)
+def test_multi_head_attention_refuses_shapes_that_do_not_fit(rng, position, shape, words):
+    inputs = [jnp.asarray(x) for x in multi_head_inputs(rng)]
+    inputs[position] = jnp.zeros(shape)
+    assert_refuses(multi_head_attention, *inputs, 2, words=words)
+
+
+def test_multi_head_attention_refuses_heads_that_do_not_divide_d_model(rng):
+    inputs = map(jnp.asarray, multi_head_inputs(rng))
+    words = ["num_heads=4", "d_model=6"]
+    assert_refuses(multi_head_attention, *inputs, 4, words=words, error=ValueError)

@@ -1,0 +1,121 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from checks import (
+    assert_close,
+    assert_default_precision,
+    assert_gradients_right,
+    assert_refuses,
+    assert_transforms_agree,
+)
+
+from tfm import embed, output_distribution
+
+IDS = np.array([[3, 0, 3], [4, 3, 1]])  # 3 occurs three times, 2 never
+
+
+def test_embedding_is_a_row_of_the_table_times_the_root_of_d_model():
+    table = jnp.arange(12.0).reshape(3, 4)
+    assert embed(jnp.array([2, 0]), table).tolist() == [[16, 18, 20, 22], [0, 2, 4, 6]]
+
+
+def test_embed_equals_the_reference(rng, tolerance):
+    table = rng.standard_normal((5, 6))
+    expected = references.embed(IDS, table)
+    assert_close(embed(jnp.asarray(IDS), jnp.asarray(table)), expected, tolerance)
+
+
+def test_embed_takes_numpy_arrays(rng):
+    table = rng.standard_normal((5, 6)).astype(np.float32)
+    assert_close(embed(IDS, table), references.embed(IDS, table), 1e-5)
+
+
+def test_gradient_of_the_table_equals_that_of_a_dense_product(rng):
+    table = jnp.asarray(rng.standard_normal((5, 6)))
+    weights = jnp.asarray(rng.standard_normal((2, 3, 6)))
+
+    def dense(table):
+        return (jax.nn.one_hot(IDS, 5) @ table) * 6**0.5
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda table: (function(table) * weights).sum()))(table)
+
+    sparse = gradient(lambda table: embed(jnp.asarray(IDS), table))
+    assert_close(sparse, gradient(dense), 1e-5)
+    assert (sparse[2] == 0).all()
+
+
+def test_gradient_of_each_example_under_vmap(rng):
+    table = jnp.asarray(rng.standard_normal((5, 6)))
+
+    def gradient(ids):
+        return jax.grad(lambda table: jnp.square(embed(ids, table)).sum())(table)
+
+    one_by_one = jnp.stack([gradient(jnp.asarray(row)) for row in IDS])
+    assert_close(jax.jit(jax.vmap(gradient))(jnp.asarray(IDS)), one_by_one, 1e-5)
+
+
+def test_embed_gradients(rng, x64):
+    # The rule of its own that `embed` has is for reverse mode.
+    table = rng.standard_normal((5, 6))
+    assert_gradients_right(lambda table: embed(jnp.asarray(IDS), table), table, modes=("rev",))
+
+
+def test_embed_under_jit_vmap_and_in_each_precision(rng):
+    table = rng.standard_normal((5, 6))
+    assert_transforms_agree(embed, np.tile(IDS, (2, 1, 1)), table, in_axes=(0, None))
+    assert_default_precision(lambda table: embed(jnp.asarray(IDS), table), table)
+
+
+def test_an_id_outside_the_table_gives_nan_and_no_other_row():
+    embedded = embed(jnp.array([-1, 0, 5]), jnp.ones((5, 6)))
+    assert jnp.isnan(embedded).all(-1).tolist() == [True, False, True]
+
+
+def test_embed_refuses_a_table_that_is_no_matrix():
+    assert_refuses(embed, jnp.asarray(IDS), jnp.zeros(6), words=["table", "(6,)"])
+
+
+# The output distribution
+
+
+def output_inputs(rng, leading=(2, 3)):
+    """y, w, b."""
+    return [rng.standard_normal(shape) for shape in [(*leading, 4), (4, 5), (5,)]]
+
+
+def test_output_distribution_equals_the_reference(rng, tolerance):
+    arguments = output_inputs(rng)
+    expected = references.output_distribution(*arguments)
+    assert_close(output_distribution(*map(jnp.asarray, arguments)), expected, tolerance)
+
+
+def test_probabilities_sum_to_one_even_for_large_logits(rng):
+    y, w, b = map(jnp.asarray, output_inputs(rng))
+    probabilities = output_distribution(1000 * y, w, b)
+    assert (probabilities >= 0).all()
+    assert_close(probabilities.sum(-1), np.ones((2, 3)), 1e-6)
+
+
+def test_output_distribution_gradients(rng, x64):
+    assert_gradients_right(output_distribution, *output_inputs(rng))
+
+
+def test_output_distribution_under_jit_vmap_and_in_each_precision(rng):
+    arguments = output_inputs(rng, leading=(2, 3, 4))
+    assert_transforms_agree(output_distribution, *arguments, in_axes=(0, None, None))
+    assert_default_precision(output_distribution, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("y", "w", "b", "words"),
+    [
+        ((), (4, 5), (5,), ["y", "()"]),
+        ((2, 3), (4, 5), (5,), ["w", "(4, 5)", "y", "(2, 3)"]),
+        ((2, 4), (4, 5), (4,), ["b", "(4,)", "w", "(4, 5)"]),
+    ],
+)
+def test_output_distribution_refuses_shapes_that_do_not_fit(y, w, b, words):
+    assert_refuses(output_distribution, *map(jnp.zeros, (y, w, b)), words=words)

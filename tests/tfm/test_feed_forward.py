@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from checks import (
+    assert_close,
+    assert_default_precision,
+    assert_gradients_right,
+    assert_refuses,
+    assert_transforms_agree,
+    relative_error,
+)
+
+from tfm import feed_forward
+
+
+def inputs(rng, leading=(3,), d_model=4, d_ff=6):
+    """x, w1, b1, w2, b2."""
+    shapes = [(*leading, d_model), (d_model, d_ff), (d_ff,), (d_ff, d_model), (d_model,)]
+    return [rng.standard_normal(shape) for shape in shapes]
+
+
+def test_a_worked_example():
+    # x = (1, 2); x W1 + b1 = (1 - 2, 1 + 2) + (0, 1) = (-1, 4), of which (0, 4) is left.
+    x, w1, b1 = jnp.array([1.0, 2.0]), jnp.array([[1.0, 1.0], [-1.0, 1.0]]), jnp.array([0.0, 1.0])
+    w2, b2 = jnp.array([[100.0, 100.0], [0.5, -0.5]]), jnp.array([10.0, 20.0])
+    assert feed_forward(x, w1, b1, w2, b2).tolist() == [12.0, 18.0]
+
+
+@pytest.mark.parametrize("shape", [{"d_model": 1, "d_ff": 1}, {"leading": (2, 3)}])
+def test_feed_forward_equals_the_reference(rng, tolerance, shape):
+    arguments = inputs(rng, **shape)
+    expected = references.feed_forward(*arguments)
+    assert_close(feed_forward(*map(jnp.asarray, arguments)), expected, tolerance)
+
+
+def test_positions_do_not_see_each_other(rng):
+    x, *weights = map(jnp.asarray, inputs(rng))
+    jacobian = jax.jit(jax.jacrev(lambda x: feed_forward(x, *weights)))(x)
+    influence = np.abs(jacobian).max((1, 3))  # [L, L]
+    assert (influence[~np.eye(3, dtype=bool)] == 0).all()
+    assert (influence.diagonal() > 0).all()
+
+
+def test_feed_forward_gradients(rng, x64):
+    assert_gradients_right(feed_forward, *inputs(rng))
+
+
+def test_feed_forward_under_jit_vmap_and_in_each_precision(rng):
+    arguments = inputs(rng, leading=(2, 3, 5))
+    assert_transforms_agree(feed_forward, *arguments, in_axes=(0, None, None, None, None))
+    assert_default_precision(feed_forward, *arguments)
+
+
+def test_bfloat16_compute_stays_within_two_percent(rng):
+    arguments = [jnp.asarray(x) for x in inputs(rng, (16,), 32, 64)]
+    rounded = feed_forward(*arguments, compute_dtype=jnp.bfloat16)
+    assert rounded.dtype == jnp.float32
+    assert 0 < relative_error(rounded, feed_forward(*arguments)) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "words"),
+    [
+        (0, (), ["x", "()"]),
+        (1, (5, 6), ["w1", "(5, 6)", "x", "(3, 4)"]),
+        (2, (5,), ["b1", "(5,)", "w1", "(4, 6)"]),
+        (3, (5, 4), ["w2", "(5, 4)", "w1", "(4, 6)"]),
+        (3, (6, 5), ["w2", "(6, 5)", "x", "(3, 4)"]),
+        (4, (5,), ["b2", "(5,)", "w2", "(6, 4)"]),
+    ],
+)
+def test_feed_forward_refuses_shapes_that_do_not_fit(rng, position, shape, words):
+    arguments = [jnp.asarray(x) for x in inputs(rng)]
+    arguments[position] = jnp.zeros(shape)
+    assert_refuses(feed_forward, *arguments, words=words)

@@ -1,0 +1,127 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from checks import (
+    assert_close,
+    assert_default_precision,
+    assert_gradients_right,
+    assert_transforms_agree,
+    relative_error,
+)
+
+from tfm.precision import linear, matmul
+
+BF16 = jnp.bfloat16
+
+
+def rounded(x):
+    """Each element as the nearest bfloat16 number, in float64."""
+    return np.asarray(jnp.asarray(x, jnp.float32).astype(BF16), np.float64)
+
+
+def product(a, b):
+    """The reference over leading axes."""
+    return np.vectorize(references.matrix_product, signature="(l,i),(i,o)->(l,o)")(a, b)
+
+
+def products_in(function, *arguments):
+    """(left operand, right operand, result) types of each product in the lowered function."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    signature = r"dot_general.*: \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\) -> tensor<\S*x(\w+)>"
+    return re.findall(signature, text)
+
+
+def test_products_equal_the_reference(rng, tolerance):
+    a, b, w = (rng.standard_normal(shape) for shape in [(2, 3, 4, 5), (2, 3, 5, 6), (5, 6)])
+    assert_close(matmul(jnp.asarray(a), jnp.asarray(b)), product(a, b), tolerance)
+    assert_close(linear(jnp.asarray(a), jnp.asarray(w)), product(a, w), tolerance)
+
+
+def test_linear_takes_a_single_vector(rng):
+    x, w = rng.standard_normal(5), rng.standard_normal((5, 6))
+    assert_close(linear(jnp.asarray(x), jnp.asarray(w)), product(x[None], w)[0], 1e-5)
+
+
+def test_leading_axes_broadcast(rng):
+    a, b = rng.standard_normal((2, 1, 4, 5)), rng.standard_normal((3, 5, 6))
+    assert_close(matmul(jnp.asarray(a), jnp.asarray(b)), product(a, b), 1e-5)
+
+
+def test_gradients_of_products(rng, x64):
+    a, b, w = (rng.standard_normal(shape) for shape in [(2, 4, 5), (2, 5, 6), (5, 6)])
+    assert_gradients_right(matmul, a, b)
+    assert_gradients_right(linear, a, w)
+
+
+def test_products_under_jit_vmap_and_in_each_precision(rng):
+    a, b, w = (rng.standard_normal(shape) for shape in [(2, 3, 4, 5), (2, 3, 5, 6), (5, 6)])
+    assert_transforms_agree(matmul, a, b)
+    assert_transforms_agree(linear, a, w, in_axes=(0, None))
+    assert_default_precision(matmul, a, b)
+    assert_default_precision(linear, a, w)
+
+
+def test_the_default_asks_the_device_for_all_digits():
+    # On a CPU this changes nothing; a GPU or TPU would round f32 operands to fewer bits.
+    text = jax.jit(linear).lower(jnp.ones((2, 3)), jnp.ones((3, 4))).as_text()
+    assert "precision = [HIGHEST, HIGHEST]" in text
+
+
+# bfloat16 operands, float32 sums
+
+
+def test_bfloat16_products_round_the_operands_and_nothing_else(rng):
+    a, b = rng.standard_normal((2, 4, 5)), rng.standard_normal((2, 5, 6))
+    out = matmul(jnp.asarray(a), jnp.asarray(b), BF16)
+    assert out.dtype == jnp.float32
+    assert_close(out, product(rounded(a), rounded(b)), 1e-6)
+    assert_close(
+        linear(jnp.asarray(a), jnp.asarray(b[0]), BF16), product(rounded(a), rounded(b[0])), 1e-6
+    )
+
+
+def test_bfloat16_products_are_summed_in_float32():
+    # A sum kept in bfloat16 would stop at 256, where adding 1 no longer changes it.
+    assert linear(jnp.ones(4096), jnp.ones((4096, 1)), BF16).tolist() == [4096.0]
+
+
+def test_the_backward_pass_rounds_the_cotangent_too(rng):
+    a, b, g = (rng.standard_normal(shape) for shape in [(2, 4, 5), (2, 5, 6), (2, 4, 6)])
+    _, vjp = jax.vjp(lambda a, b: matmul(a, b, BF16), jnp.float32(a), jnp.float32(b))
+    grad_a, grad_b = vjp(jnp.float32(g))
+    assert (grad_a.dtype, grad_b.dtype) == (jnp.float32, jnp.float32)
+    assert_close(grad_a, product(rounded(g), np.swapaxes(rounded(b), 1, 2)), 1e-6)
+    assert_close(grad_b, product(np.swapaxes(rounded(a), 1, 2), rounded(g)), 1e-6)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, BF16])
+def test_every_product_of_a_training_step_has_the_chosen_operands(compute_dtype):
+    x, w = jnp.ones((4, 5)), jnp.ones((5, 6))
+
+    def loss(x, w):
+        return jnp.square(linear(x, w, compute_dtype)).sum()
+
+    operand = "f32" if compute_dtype is None else "bf16"
+    products = products_in(jax.grad(loss, argnums=(0, 1)), x, w)
+    assert products == [(operand, operand, "f32")] * 3  # forward, and one for each gradient
+
+
+def test_a_broadcast_operand_gets_the_sum_of_its_gradients(rng):
+    x, w, g = (rng.standard_normal(shape) for shape in [(2, 3, 5), (5, 6), (2, 3, 6)])
+
+    def gradient(compute_dtype):
+        function = lambda w: (matmul(jnp.float32(x), w, compute_dtype) * g).sum()  # noqa: E731
+        return jax.jit(jax.grad(function))(jnp.float32(w))
+
+    assert gradient(BF16).shape == (5, 6)
+    assert relative_error(gradient(BF16), gradient(None)) < 0.02
+
+
+def test_bfloat16_products_under_jit_and_vmap(rng):
+    a, b, w = (rng.standard_normal(shape) for shape in [(2, 3, 4, 5), (2, 3, 5, 6), (5, 6)])
+    assert_transforms_agree(lambda a, b: matmul(a, b, BF16), a, b)
+    assert_transforms_agree(lambda a, w: linear(a, w, BF16), a, w, in_axes=(0, None))
