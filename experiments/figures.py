@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -11,7 +12,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    StrMethodFormatter,
+)
 
 _INK, _MUTED, _GRID, _LINES = "#000001", "#000002", "#000003", ("#000004", "#000005")
 # matplotlib knows no CSS variables: it draws with stand-ins, and the variables take their place
@@ -24,6 +31,7 @@ _PAINT = {
     _LINES[1]: "var(--second)",
 }
 _LABEL_HEIGHT = 25  # points that the two lines of a label at a curve's end take
+_END = "</s>"  # drawn as a small square
 _CELL = 14  # the side of a heat map's cell
 
 
@@ -64,7 +72,8 @@ def _inline(figure: Figure, name: str, description: str) -> str:
     svg = buffer.getvalue()
     _, body = svg[svg.index("<svg") :].split(">", 1)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*">', "<g>", body)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to these
+    body = re.sub(r" font-family: [^;]*;", "", body)  # the page has one
     for stand_in, variable in _PAINT.items():
         body = body.replace(stand_in, variable)
     width, height = figure.get_size_inches() * 72
@@ -112,7 +121,7 @@ def learning_curve(panel: Panel, metrics: Sequence[dict[str, Any]]) -> str:
     axes = figure.add_axes((0.13, 0.13, 0.66, 0.8))
     ends, told = [], []
     for (key, name), colour in zip(panel.lines.items(), _LINES, strict=False):
-        points = [(m["step"], m[key]) for m in metrics if key in m]
+        points = [(m["step"], m[key]) for m in metrics if math.isfinite(m.get(key, math.nan))]
         if not points:
             continue
         steps, values = zip(*points, strict=True)
@@ -135,7 +144,8 @@ def attention_map(letters: Sequence[str], sounds: Sequence[str], weights: np.nda
 
     Written by hand: a hundred small plots take matplotlib seconds, and its cells have no tooltips.
     """
-    left, right, bottom = 6.5 * max(map(len, sounds)) + 5, _CELL * len(letters), _CELL * len(sounds)
+    longest = max((len(sound) for sound in sounds if sound != _END), default=1)
+    left, right, bottom = 6.5 * longest + 5, _CELL * len(letters), _CELL * len(sounds)
     parts = [f'<rect class="well" x="{left}" width="{right}" height="{bottom}"/>']
     for row, sound in enumerate(sounds):
         y = _CELL * row
@@ -158,6 +168,6 @@ def attention_map(letters: Sequence[str], sounds: Sequence[str], weights: np.nda
 
 
 def _label(symbol: str, x: float, y: float, axis: str) -> str:
-    if symbol == "</s>":
+    if symbol == _END:
         return f'<text class="{axis} end" x="{x}" y="{y - 1}">■</text>'
     return f'<text class="{axis}" x="{x}" y="{y}">{escape(symbol)}</text>'

@@ -53,7 +53,7 @@ class StopSignal:
             signal.signal(number, self._remember)
         return self
 
-    def _remember(self, number: int, frame: object) -> None:
+    def _remember(self, number: int, _frame: object) -> None:
         if self.received is not None:
             os._exit(128 + number)  # asked twice: at once; the newest finished checkpoint stays
         self.received = number

@@ -31,7 +31,7 @@ def first_fit(lengths: Sequence[tuple[int, int]], capacity: tuple[int, int]) -> 
             raise ValueError(
                 f"example {example} has lengths {(source, target)}, more than a row's {capacity}"
             )
-        for members, room in open_rows:
+        for members, room in open_rows:  # noqa: B007 (members is used after the loop)
             if room[0] >= source and room[1] >= target:
                 break
         else:

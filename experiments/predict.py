@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from experiments.pronouncer import Pronouncer, UnknownWord, load
+from experiments.pronouncer import Pronouncer, UnpronounceableError, load
 
 LINES_AT_ONCE = 4096  # sorted by length within; enough to fill batches, little to hold
 
@@ -40,7 +40,7 @@ def _decode_line(pronouncer: Pronouncer, number: int, line: bytes) -> str | None
         return word
     except UnicodeDecodeError:
         print(f"line {number}: invalid UTF-8", file=sys.stderr)
-    except UnknownWord as error:
+    except UnpronounceableError as error:
         print(f"line {number}: {error}", file=sys.stderr)
     return None
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import padded
@@ -21,7 +20,7 @@ from tfm.model import Transformer
 ROWS = 512  # words decoded together: one static shape, so one compilation
 
 
-class UnknownWord(ValueError):
+class UnpronounceableError(ValueError):
     """Why a word cannot be pronounced, in one line."""
 
 
@@ -38,7 +37,12 @@ class Pronunciation:
 
 @partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _decode(
-    model: Transformer, params: chex.ArrayTree, source: jax.Array, beam: int, length: int, alpha: float
+    model: Transformer,
+    params: chex.ArrayTree,
+    source: jax.Array,
+    beam: int,
+    length: int,
+    alpha: float,
 ) -> Decoded:
     step, cache = start_decoding(model, params, source, beam, length)
     return beam_search(step, cache, bos=BOS, eos=EOS, max_length=length, alpha=alpha)
@@ -66,26 +70,29 @@ class Pronouncer:
     def encode(self, word: str) -> list[int]:
         """The ids of a word's letters, case folded.
 
-        Raises UnknownWord: no letters, a letter that is in no training word, or too many.
+        Raises UnpronounceableError: no letters, a letter that is in no training word, or too many.
         """
         folded = word.lower()
         if not folded:
-            raise UnknownWord("empty line")
+            raise UnpronounceableError("empty line")
         unknown = [letter for letter in folded if letter not in self.letters.symbols]
         if unknown:
-            raise UnknownWord(f"{word!r}: unknown character {unknown[0]!r}")
+            raise UnpronounceableError(f"{word!r}: unknown character {unknown[0]!r}")
         ids = self.letters.encode(folded)
         if len(ids) > self.source_length:
-            raise UnknownWord(
+            raise UnpronounceableError(
                 f"{word!r}: {len(folded)} letters, more than the {self.source_length - 1} "
                 "that the model was trained for"
             )
         return ids
 
-    def nbest(self, words: Sequence[str], n: int, beam: int | None = None) -> list[list[Pronunciation]]:
+    def nbest(
+        self, words: Sequence[str], n: int, beam: int | None = None
+    ) -> list[list[Pronunciation]]:
         """The n best pronunciations of each word, best first.
 
-        Raises UnknownWord for the first word that cannot be encoded; ValueError for n > beam.
+        Raises UnpronounceableError for the first word that cannot be encoded; ValueError for
+        n > beam.
         """
         beam = max(n, self.beam) if beam is None else beam
         if not 1 <= n <= beam:
@@ -97,9 +104,7 @@ class Pronouncer:
         for start in range(0, len(words), ROWS):
             chosen = order[start : start + ROWS]
             source = padded([encoded[i] for i in chosen], self.source_length, ROWS)
-            decoded = _decode(
-                self.model, self.params, source, beam, self.target_length, self.alpha
-            )
+            decoded = _decode(self.model, self.params, source, beam, self.target_length, self.alpha)
             tokens, scores = jax.device_get((decoded.tokens[:, :n], decoded.scores[:, :n]))
             for i, ids, row in zip(chosen, tokens, scores, strict=False):
                 results[i] = [
@@ -132,7 +137,9 @@ def load(run: str | Path) -> Pronouncer:
     with Checkpoints(folder.checkpoints) as checkpoints:
         step = checkpoints.latest()
         if step is None:
-            raise RunFolderError(f"{folder.checkpoints}: no checkpoint; has the run been interrupted?")
+            raise RunFolderError(
+                f"{folder.checkpoints}: no checkpoint; has the run been interrupted?"
+            )
         params = checkpoints.restore_params(step)
     return Pronouncer(
         model=model,

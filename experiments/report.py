@@ -259,9 +259,9 @@ def _attention(attention: Sequence[AttentionMap]) -> _Section:
         "attention",
         "Where it looks",
         "To write each sound (a row, from top to bottom) every head of the decoder spreads a "
-        'weight of 1 over the letters (columns): 0 <span class="scale"></span> 1. A diagonal is a head '
-        "that reads along with the sounds, a vertical stripe one that waits at a letter; ■ is the "
-        "end of the word. Open a word to see its maps.",
+        'weight of 1 over the letters (columns): 0 <span class="scale"></span> 1. A diagonal is a '
+        "head that reads along with the sounds, a vertical stripe one that waits at a letter; ■ is "
+        "the end of the word. Open a word to see its maps.",
         words,
     )
 

@@ -1,11 +1,10 @@
 """The command line: `python -m experiments.run [EXPERIMENT] [flags]`."""
 
 import argparse
-import importlib
 import sys
 
 EXPERIMENTS = {
-    "pronounce": "Train a Transformer on a pronunciation dictionary and report on it (the default).",
+    "pronounce": "Train a Transformer to pronounce words, and report on it (the default).",
     "predict": "Pronounce the words on standard input with a trained model, a line each.",
 }
 

@@ -30,7 +30,7 @@ def assert_gradients_right(function, *arguments, modes=("fwd", "rev")):
 
 
 def assert_default_precision(function, *arguments):
-    """The result is f32, or the widest of the inputs. Only types are derived, nothing is computed."""
+    """The result is f32, or the widest of the inputs. Types are derived, nothing is computed."""
     bf16, f32, f64 = jnp.bfloat16, jnp.float32, jnp.float64
     with jax.enable_x64(True):
         for first, others, expected in [
@@ -55,6 +55,6 @@ def assert_refuses(function, *arguments, words, error=(ValueError, AssertionErro
 
 
 def relative_error(actual, expected):
-    """‖actual − expected‖ / ‖expected‖"""
+    """‖actual - expected‖ / ‖expected‖"""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)

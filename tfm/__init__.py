@@ -16,10 +16,59 @@ from tfm.attention import (
     split_heads,
 )
 from tfm.clipping import clip_by_global_norm, global_norm
+from tfm.config import BASE, BIG, TransformerConfig
+from tfm.decoding import beam_search, greedy, sample, start_decoding
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_distribution, output_logits
 from tfm.feed_forward import feed_forward
 from tfm.loss import label_smoothed_cross_entropy
 from tfm.masks import causal_mask, padding_mask, segment_mask
+from tfm.model import Transformer, shift_right
 from tfm.normalization import layer_norm
 from tfm.positions import sinusoidal_positions
+from tfm.training import (
+    TrainState,
+    cosine_schedule,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    paper_schedule,
+    summed_loss,
+)
+
+__all__ = [
+    "BASE",
+    "BIG",
+    "TrainState",
+    "Transformer",
+    "TransformerConfig",
+    "attention_weights",
+    "beam_search",
+    "causal_mask",
+    "clip_by_global_norm",
+    "cosine_schedule",
+    "dropout",
+    "embed",
+    "feed_forward",
+    "global_norm",
+    "greedy",
+    "init_state",
+    "label_smoothed_cross_entropy",
+    "layer_norm",
+    "make_optimizer",
+    "make_train_step",
+    "merge_heads",
+    "multi_head_attention",
+    "output_distribution",
+    "output_logits",
+    "padding_mask",
+    "paper_schedule",
+    "sample",
+    "scaled_dot_product_attention",
+    "segment_mask",
+    "shift_right",
+    "sinusoidal_positions",
+    "split_heads",
+    "start_decoding",
+    "summed_loss",
+]

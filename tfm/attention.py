@@ -77,8 +77,9 @@ def scaled_dot_product_attention(
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
       TypeError: the mask is not boolean.
     """
+    weights = attention_weights(query, key, mask, compute_dtype=compute_dtype)
     assert_fits("value", value, (..., key.shape[-2], None), key=key)
-    return matmul(attention_weights(query, key, mask, compute_dtype=compute_dtype), value, compute_dtype)
+    return matmul(weights, value, compute_dtype)
 
 
 def split_heads(x: Array, num_heads: int) -> Array:
@@ -142,9 +143,7 @@ def multi_head_attention(
     """
     assert_fits("query_input", query_input, (..., None, None))
     d_model = query_input.shape[-1]
-    assert_fits(
-        "key_value_input", key_value_input, (..., None, d_model), query_input=query_input
-    )
+    assert_fits("key_value_input", key_value_input, (..., None, d_model), query_input=query_input)
     for name, weight in {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}.items():
         assert_fits(name, weight, (d_model, d_model), query_input=query_input)
     query = split_heads(linear(query_input, w_q, compute_dtype), num_heads)

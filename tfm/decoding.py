@@ -1,9 +1,9 @@
 """Decoding: greedy, beam search (§6.1) and sampling, as loops over an explicit cache.
 
-All three take `step(tokens [B, W], index, cache) -> (logits [B, W, V], cache)`, the model's next-token
-logits for W hypotheses of each of B sources, where every leaf of the cache is [B, W, ...]. All run
-inside jit, and stop early when every hypothesis has ended. `max_length` counts the end symbol; a
-hypothesis that has not ended by then is returned as it is. After the end symbol come zeros.
+All three take `step(tokens [B, W], index, cache) -> (logits [B, W, V], cache)`: the model's logits
+of the next token for W hypotheses of each of B sources. Every leaf of the cache is [B, W, ...]. All
+run inside jit, and stop early when every hypothesis has ended. `max_length` counts the end symbol;
+a hypothesis that has not ended by then is returned as it is. After the end symbol come zeros.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def length_penalty(length: Array | float, alpha: float) -> Array:
 
 
 def length_normalized_score(log_prob: Array, length: Array, alpha: float) -> Array:
-    """ln P / lp(n): what beam search ranks by, so that short hypotheses do not win by being short."""
+    """ln P / lp(n): what beam search ranks by, so that none wins by being short."""
     return log_prob / length_penalty(length, alpha)
 
 
@@ -115,7 +115,7 @@ def _append(state: _Search, choice: Array, chosen_log_probs: Array, eos: int, ca
 
 
 def _reorder(x: Array, order: Array) -> Array:
-    """Row b of the result takes its hypotheses from row b of x: [B, W, ...], [B, W'] -> [B, W', ...]."""
+    """Takes hypotheses of each source: x [B, W, ...], order [B, W'] -> [B, W', ...]."""
     return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
@@ -220,7 +220,9 @@ def beam_search(
     state = _start(cache, max_length, bos, _log_probs_dtype(step, cache))
     # All hypotheses start equal, so all but the first are shut out of the first choice.
     width = state.last.shape[1]
-    state = state._replace(log_probs=state.log_probs.at[:, 1:].set(-jnp.inf)) if width > 1 else state
+    state = (
+        state._replace(log_probs=state.log_probs.at[:, 1:].set(-jnp.inf)) if width > 1 else state
+    )
     state = _run(advance, state, max_length)
     scores = length_normalized_score(state.log_probs, state.lengths, alpha)
     order = jnp.argsort(-scores, axis=1)

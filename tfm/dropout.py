@@ -6,7 +6,7 @@ from jax import Array, lax
 
 
 def dropout(key: Array, x: Array, rate: float) -> Array:
-    """Inverted dropout: each element is 0 with probability p, else x / (1 − p), so E[out] = x (§5.4).
+    """Inverted dropout: 0 with probability p, else x / (1 − p), so that E[out] = x (§5.4).
 
     One random byte decides an element, four to a 32-bit draw, which makes the mask several times
     cheaper than one draw an element. So p is `rate` rounded to a multiple of 1/256, and the

@@ -35,7 +35,9 @@ def sinusoidal_positions(positions: int | Array, d_model: int) -> Array:
       TypeError: positions that are not integers.
     """
     if d_model % 2:
-        raise ValueError(f"d_model={d_model} is odd: sinusoidal positions need pairs of sin and cos")
+        raise ValueError(
+            f"d_model={d_model} is odd: sinusoidal positions need pairs of sin and cos"
+        )
     dtype = jnp.zeros((), float).dtype
     if isinstance(positions, int):
         angles = _angles(np.arange(positions), d_model)

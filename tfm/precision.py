@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 
 def working_dtype(*arrays: Array) -> jnp.dtype:
-    """The dtype that softmax, normalisation and losses work in: f32, or the widest of the inputs."""
+    """What softmax, normalisation and losses work in: f32, or the widest of the inputs."""
     return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
 
 

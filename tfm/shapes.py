@@ -8,7 +8,7 @@ from jax import Array
 
 
 def assert_fits(
-    name: str, array: Array, expected: Sequence[int | None | EllipsisType], **others: Array
+    name: str, array: Array, expected: Sequence[int | EllipsisType | None], **others: Array
 ) -> None:
     """Asserts that `array` has the `expected` shape (None and ... match anything).
 

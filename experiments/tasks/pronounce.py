@@ -33,7 +33,7 @@ class PronounceConfig:
     """Train a Transformer to pronounce words, and report how well it does."""
 
     preset: Literal["default", "full"] = "default"
-    """What the other flags start from: default takes minutes on two cores, full more than an hour."""
+    """What the other flags start from: default takes minutes on two cores, full over an hour."""
     run: Path = Path("runs/pronounce")
     """Folder of the run: config, metrics, checkpoints, results, report."""
     seed: int = 0
@@ -47,11 +47,11 @@ class PronounceConfig:
     evaluate_every: int = 600
     """Steps between evaluations on the validation words."""
     train_file: Path | None = None
-    """Training lexicon, lines `word<TAB>PH PH …`. None: CMUdict, with its validation and test words."""
+    """Training lexicon, lines `word<TAB>PH PH …`. None: CMUdict and its test words."""
     valid_file: Path | None = None
     """Validation lexicon. None: a part of the training words, whole word families."""
     test_file: Path | None = None
-    """Test lexicon. None with a training lexicon of one's own: the validation words are the test."""
+    """Test lexicon. None beside a train_file: the validation words are the test."""
     rows: int = 50
     """Packed rows in a batch."""
     source_length: int = 40
@@ -278,7 +278,11 @@ def run(config: PronounceConfig) -> None:
         return
     vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
     write_json(folder.path / "vocabularies.json", vocabularies)
-    for name, size in (("training", lexicons.train), ("validation", lexicons.valid), ("test", lexicons.test)):
+    for name, size in (
+        ("training", lexicons.train),
+        ("validation", lexicons.valid),
+        ("test", lexicons.test),
+    ):
         print(f"{len(size):,} {name} words", end="  ")
     print(f"{config.model.parameter_count():,} parameters", flush=True)
     pronouncer, about = fit(config, lexicons, folder)

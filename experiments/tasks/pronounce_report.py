@@ -9,7 +9,7 @@ from rich.table import Table
 
 from experiments import metrics
 from experiments.data import Lexicon
-from experiments.pronouncer import Pronouncer, UnknownWord
+from experiments.pronouncer import Pronouncer, UnpronounceableError
 from experiments.report import AttentionMap, Example, write_report
 from experiments.run_folder import RunFolder
 
@@ -30,7 +30,7 @@ def _invented(pronouncer: Pronouncer) -> list[str]:
     def possible(word: str) -> bool:
         try:
             return bool(pronouncer.encode(word))
-        except UnknownWord:  # a lexicon of another alphabet
+        except UnpronounceableError:  # a lexicon of another alphabet
             return False
 
     return [word for word in INVENTED if possible(word)]

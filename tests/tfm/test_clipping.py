@@ -8,6 +8,15 @@ from checks import assert_close, assert_gradients_right
 
 from tfm import clip_by_global_norm
 
+# One compilation serves all tests with the same shapes; an eager call compiles each operation.
+clip = jax.jit(clip_by_global_norm)
+
+
+@jax.jit
+def clip_by_optax(tree):
+    clipped, _ = optax.clip_by_global_norm(1.0).update(tree, optax.EmptyState())
+    return clipped
+
 
 def gradients(rng, size=1.0):
     """A tree whose norm is `size`."""
@@ -30,7 +39,7 @@ def assert_trees_close(actual, expected, tolerance=1e-6):
 
 def test_the_norm_is_that_of_the_whole_tree():
     # The norm is sqrt(9 + 16) = 5, so everything shrinks to a half.
-    clipped = clip_by_global_norm({"a": jnp.array([3.0]), "b": jnp.array([[0.0, 4.0]])}, 2.5)
+    clipped = clip({"a": jnp.array([3.0]), "b": jnp.array([[0.0, 4.0]])}, 2.5)
     assert_trees_close(clipped, {"a": jnp.array([1.5]), "b": jnp.array([[0.0, 2.0]])})
 
 
@@ -39,27 +48,29 @@ def test_clipping_equals_the_reference(rng, tolerance, size):
     tree = gradients(rng, size)
     leaves = [np.float64(leaf) for leaf in jax.tree.leaves(tree)]
     expected = references.clip_by_global_norm(leaves, 1.0)
-    actual = jax.tree.leaves(clip_by_global_norm(tree, 1.0))
+    actual = jax.tree.leaves(clip(tree, 1.0))
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, tolerance)
 
 
-@pytest.mark.parametrize("size", [0.0, 0.5, 1.0, 3.0, 1e6, np.inf, np.nan])
+@pytest.mark.parametrize("size", [0.0, 0.5, 1.0, 3.0, 1e6])
 def test_clipping_equals_that_of_optax(rng, size):
-    tree = gradients(rng)
-    # A size that is not finite stands for one broken element; the rest is an ordinary gradient.
-    tree["b"][1] = tree["b"][1] * size
-    if np.isfinite(size):
-        tree = gradients(rng, size)
-    expected, _ = optax.clip_by_global_norm(1.0).update(tree, optax.EmptyState())
-    assert_trees_close(clip_by_global_norm(tree, 1.0), expected)
+    tree = gradients(rng, size)
+    assert_trees_close(clip(tree, 1.0), clip_by_optax(tree))
+
+
+@pytest.mark.parametrize("broken", [np.inf, np.nan])
+def test_a_broken_element_does_the_same_as_in_optax(rng, broken):
+    # A NaN makes the whole tree NaN: no part of such a gradient may pass as if it were sound.
+    tree = gradients(rng) | {"c": jnp.array([broken, 1.0])}
+    assert_trees_close(clip(tree, 1.0), clip_by_optax(tree))
 
 
 @pytest.mark.parametrize("size", [0.5, 1.0, 3.0, 1e6])
 @pytest.mark.parametrize("threshold", [0.1, 1.0, 10.0])
 def test_the_length_is_bounded_and_the_direction_stays(rng, size, threshold):
     before = gradients(rng, size)
-    after = clip_by_global_norm(before, threshold)
+    after = clip(before, threshold)
     g, clipped = flat(before), flat(after)
     assert np.linalg.norm(clipped) <= threshold * (1 + 1e-6)
     assert g @ clipped / np.linalg.norm(g) / np.linalg.norm(clipped) > 1 - 1e-6
@@ -68,7 +79,7 @@ def test_the_length_is_bounded_and_the_direction_stays(rng, size, threshold):
 
 
 def test_a_zero_gradient_stays_zero():
-    clipped = clip_by_global_norm([jnp.zeros(3), jnp.zeros(())], 1.0)
+    clipped = clip([jnp.zeros(3), jnp.zeros(())], 1.0)
     assert (flat(clipped) == 0).all()
 
 
@@ -77,7 +88,7 @@ def test_structure_shapes_and_dtypes_stay(x64):
         "a": jnp.ones((2, 3), jnp.bfloat16),
         "b": (jnp.ones(4, jnp.float32), jnp.ones((), jnp.float64)),
     }
-    clipped = clip_by_global_norm(tree, 0.1)
+    clipped = jax.eval_shape(clip, tree, 0.1)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), clipped) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), tree
     )
@@ -95,6 +106,5 @@ def test_clipping_under_jit_and_vmap(rng):
     stacked, expected = (
         jax.tree.map(lambda *x: jnp.stack(x), *group) for group in (trees, clipped)
     )
-    vmapped = jax.jit(jax.vmap(lambda tree: clip_by_global_norm(tree, 1.0)))
-    assert_trees_close(vmapped(stacked), expected)
-    assert_trees_close(jax.jit(clip_by_global_norm)(trees[2], 1.0), clipped[2])
+    assert_trees_close(jax.vmap(clip, in_axes=(0, None))(stacked, 1.0), expected)
+    assert_trees_close(clip(trees[2], 1.0), clipped[2])

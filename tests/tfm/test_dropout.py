@@ -8,12 +8,15 @@ from tfm import dropout
 
 KEY = jax.random.key(0)
 
+# One compilation serves all tests with the same shapes; an eager call compiles each operation.
+drop = jax.jit(dropout, static_argnames="rate")
+
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.999])
 def test_an_element_is_dropped_with_the_rounded_rate_or_rescaled_by_it(rate):
     p = min(round(256 * rate), 255) / 256
     count = 1_000_000
-    out = np.asarray(dropout(KEY, jnp.full(count, 3.0), rate))
+    out = np.asarray(drop(KEY, np.full(count, 3.0), rate))
     dropped = out == 0
     np.testing.assert_allclose(out[~dropped], 3 / (1 - p), rtol=1e-6)
     assert abs(dropped.mean() - p) < 4 * (p * (1 - p) / count) ** 0.5
@@ -23,42 +26,41 @@ def test_an_element_is_dropped_with_the_rounded_rate_or_rescaled_by_it(rate):
 
 def test_neighbours_are_dropped_independently():
     # Four bytes come from one random word; none may tell about another.
-    dropped = np.asarray(dropout(KEY, jnp.ones(1_000_000), 0.5)) == 0
+    dropped = np.asarray(drop(KEY, np.ones(1_000_000), 0.5)) == 0
     for distance in (1, 2, 3, 4):
         both = (dropped[distance:] & dropped[:-distance]).mean()
         assert abs(both - 0.25) < 0.002
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (3, 7), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(), (3, 7), (2, 3, 4)])
 def test_any_shape_and_the_same_mask_for_the_same_key(shape):
-    x = jnp.arange(1.0, 1 + np.prod(shape)).reshape(shape)
-    first = dropout(KEY, x, 0.5)
+    x = np.arange(1.0, 1 + np.prod(shape)).reshape(shape)
+    first, second = np.asarray(drop(KEY, x, 0.5)), np.asarray(drop(KEY, x, 0.5))
     assert first.shape == shape
     assert ((first == 0) | (first == 2 * x)).all()
-    assert (first == dropout(KEY, x, 0.5)).all()
+    assert (first == second).all()
 
 
 def test_another_key_gives_another_mask():
-    x = jnp.ones(1000)
-    same = dropout(KEY, x, 0.5) == dropout(jax.random.key(1), x, 0.5)
+    x = np.ones(1000)
+    same = np.asarray(drop(KEY, x, 0.5)) == np.asarray(drop(jax.random.key(1), x, 0.5))
     assert 0.4 < same.mean() < 0.6
 
 
 def test_rate_zero_is_the_identity(rng):
     x = jnp.asarray(rng.standard_normal((3, 7)))
-    assert (dropout(KEY, x, 0) == x).all()
-    assert (dropout(KEY, x, 0.0) == x).all()
+    assert_close(dropout(KEY, x, 0), x, 0)
+    assert_close(dropout(KEY, x, 0.0), x, 0)
 
 
 def test_the_mask_does_not_depend_on_the_values(rng):
-    x = jnp.asarray(rng.standard_normal((40, 5)))
-    assert_close(dropout(KEY, x, 0.25), x * dropout(KEY, jnp.ones((40, 5)), 0.25), 1e-6)
+    x = rng.standard_normal(1000)
+    assert_close(drop(KEY, x, 0.5), x * np.asarray(drop(KEY, np.ones(1000), 0.5)), 1e-6)
 
 
 def test_what_is_dropped_does_not_leak_even_if_it_is_not_finite():
-    dropped = dropout(KEY, jnp.ones(64), 0.5) == 0
-    out = dropout(KEY, jnp.where(dropped, jnp.nan, 1.0), 0.5)
-    assert jnp.isfinite(out).all()
+    dropped = np.asarray(drop(KEY, np.ones(1000), 0.5)) == 0
+    assert np.isfinite(drop(KEY, np.where(dropped, np.nan, 1.0), 0.5)).all()
 
 
 def test_dropout_gradients(rng, x64):
@@ -68,16 +70,14 @@ def test_dropout_gradients(rng, x64):
 def test_eager_is_jit_and_keys_may_be_vmapped(rng):
     x = jnp.asarray(rng.standard_normal((2, 3, 5)))
     keys = jax.random.split(KEY, (2, 3))
-    one_by_one = jnp.stack(
-        [jnp.stack([dropout(keys[i, j], x[i, j], 0.5) for j in range(3)]) for i in range(2)]
-    )
+    one_by_one = [[dropout(keys[i, j], x[i, j], 0.5) for j in range(3)] for i in range(2)]
     vmapped = jax.jit(jax.vmap(jax.vmap(lambda key, x: dropout(key, x, 0.5))))(keys, x)
     assert_close(vmapped, one_by_one, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_the_dtype_stays(x64, dtype):
-    assert dropout(KEY, jnp.ones(8, dtype), 0.5).dtype == dtype
+    assert jax.eval_shape(lambda x: dropout(KEY, x, 0.5), jnp.ones(8, dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1, 1.5, float("nan")])

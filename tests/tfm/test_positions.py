@@ -32,7 +32,7 @@ def test_a_length_gives_the_table_of_the_paper(tolerance, d_model):
 
 
 def test_position_one_hundred_thousand_is_right_in_a_long_table():
-    last = sinusoidal_positions(100_001, 16)[-1]
+    last = np.asarray(sinusoidal_positions(100_001, 16))[-1]
     np.testing.assert_allclose(last, references.sinusoidal_position(100_000, 16), rtol=0, atol=1e-6)
 
 
@@ -52,8 +52,8 @@ def test_an_array_of_positions_in_float64(x64):
 
 
 def test_packed_positions_are_rows_of_the_table():
-    packed = jnp.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
-    encoding = sinusoidal_positions(packed, 8)
+    packed = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+    encoding = jax.jit(sinusoidal_positions, static_argnums=1)(packed, 8)
     assert encoding.shape == (2, 6, 8)
     assert_close(encoding, np.asarray(sinusoidal_positions(6, 8))[packed], 1e-6)
 
@@ -77,7 +77,7 @@ def test_positions_under_jit_and_vmap(rng):
 
 def test_beyond_the_exact_range_there_is_no_number():
     encoding = sinusoidal_positions(jnp.array([-1, 262_144]), 4)
-    assert jnp.isnan(encoding).all()
+    assert np.isnan(encoding).all()
 
 
 @pytest.mark.parametrize("positions", [3, jnp.arange(3)], ids=["length", "array"])

@@ -1,0 +1,237 @@
+"""§3.1-3.3 The layers: thin linen modules that own parameters and call the functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tfm.attention import attention_weights, merge_heads, split_heads
+from tfm.config import TransformerConfig
+from tfm.dropout import dropout
+from tfm.feed_forward import feed_forward
+from tfm.normalization import layer_norm
+from tfm.precision import linear, matmul
+
+INITIALIZERS = {
+    "xavier_uniform": nn.initializers.xavier_uniform(),
+    "lecun_normal": nn.initializers.lecun_normal(),
+    "he_normal": nn.initializers.he_normal(),
+}
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of the positions decoded so far: [..., H, T, d_k] each."""
+
+    key: Array
+    value: Array
+
+
+def site_key(key: Array | None, site: int) -> Array | None:
+    """The key of one dropout site: independent of the order in which sites are computed."""
+    return None if key is None else jax.random.fold_in(key, site)
+
+
+class LayerNorm(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (self.config.d_model,))
+        bias = self.param("bias", nn.initializers.zeros, (self.config.d_model,))
+        return layer_norm(x, scale, bias, self.config.layer_norm_epsilon)
+
+
+class FeedForward(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        matrix, zeros = INITIALIZERS[c.initializer], nn.initializers.zeros
+        w1 = self.param("w1", matrix, (c.d_model, c.d_ff))
+        b1 = self.param("b1", zeros, (c.d_ff,))
+        w2 = self.param("w2", matrix, (c.d_ff, c.d_model))
+        b2 = self.param("b2", zeros, (c.d_model,))
+        return feed_forward(x, w1, b1, w2, b2, compute_dtype=jnp.dtype(c.compute_dtype))
+
+
+class MultiHeadAttention(nn.Module):
+    """`tfm.multi_head_attention` in two halves, so that a cache fits between them.
+
+    Both halves together equal the function where no option is set; a test holds them equal.
+    """
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        matrix, square = INITIALIZERS[c.initializer], (c.d_model, c.d_model)
+        self.weights = {n: self.param(f"w_{n}", matrix, square) for n in "qkvo"}
+        if c.projection_bias:
+            zeros, row = nn.initializers.zeros, (c.d_model,)
+            self.biases = {n: self.param(f"b_{n}", zeros, row) for n in "qkvo"}
+
+    def _linear(self, x: Array, names: str) -> Array:
+        w = jnp.concatenate([self.weights[n] for n in names], axis=1)
+        y = linear(x, w, self.config.compute_dtype)
+        if self.config.projection_bias:
+            y += jnp.concatenate([self.biases[n] for n in names])
+        return y
+
+    def project(self, x: Array, names: str) -> list[Array]:
+        """[..., L, D] -> [..., H, L, d_k] for each of `names` ('q', 'kv' or 'qkv').
+
+        One product and one transpose for all names together: faster than one of each a name.
+        """
+        heads = split_heads(self._linear(x, names), len(names) * self.config.num_heads)
+        return jnp.split(heads, len(names), axis=-3)
+
+    def attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Array,
+        dropout_key: Array | None = None,
+        head_mask: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """[..., H, L, d_k] and [..., H, K, d_k] twice -> [..., L, D] and weights [..., H, L, K]."""
+        c = self.config
+        weights = attention_weights(query, key, mask, compute_dtype=c.compute_dtype)
+        used = weights
+        if dropout_key is not None:
+            used = dropout(dropout_key, used, c.attention_dropout_rate)
+        heads = matmul(used, value, c.compute_dtype)
+        if head_mask is not None:
+            heads *= head_mask[:, None, None]
+        return self._linear(merge_heads(heads), "o"), weights
+
+
+class ResidualSublayers(nn.Module):
+    """What encoder and decoder layers share: x + Sublayer(x), normalised and dropped out."""
+
+    config: TransformerConfig
+
+    def residual(
+        self,
+        norm: Callable[[Array], Array],
+        x: Array,
+        sublayer: Callable[[Array], tuple[Array, Any]],
+        dropout_key: Array | None,
+    ) -> tuple[Array, Any]:
+        """post: LayerNorm(x + Dropout(Sublayer(x))); pre: x + Dropout(Sublayer(LayerNorm(x)))."""
+        pre = self.config.norm_placement == "pre"
+        y, extra = sublayer(norm(x) if pre else x)
+        if dropout_key is not None:
+            y = dropout(dropout_key, y, self.config.dropout_rate)
+        return (x + y if pre else norm(x + y)), extra
+
+    def transform(self, x: Array, dropout_key: Array | None) -> Array:
+        """The feed-forward sub-layer, the last of every layer."""
+
+        def sublayer(x):
+            return self.feed_forward(x), None
+
+        return self.residual(self.feed_forward_norm, x, sublayer, dropout_key)[0]
+
+
+class EncoderLayer(ResidualSublayers):
+    def setup(self) -> None:
+        self.attention = MultiHeadAttention(self.config)
+        self.attention_norm = LayerNorm(self.config)
+        self.feed_forward = FeedForward(self.config)
+        self.feed_forward_norm = LayerNorm(self.config)
+
+    def __call__(
+        self,
+        x: Array,
+        mask: Array,
+        dropout_key: Array | None = None,
+        head_mask: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """[..., S, D] -> the same, and the attention weights [..., H, S, S]."""
+
+        def attend(x):
+            qkv = self.attention.project(x, "qkv")
+            return self.attention.attend(*qkv, mask, site_key(dropout_key, 0), head_mask)
+
+        x, weights = self.residual(self.attention_norm, x, attend, site_key(dropout_key, 1))
+        return self.transform(x, site_key(dropout_key, 2)), weights
+
+
+class DecoderLayer(ResidualSublayers):
+    def setup(self) -> None:
+        self.self_attention = MultiHeadAttention(self.config)
+        self.self_attention_norm = LayerNorm(self.config)
+        self.cross_attention = MultiHeadAttention(self.config)
+        self.cross_attention_norm = LayerNorm(self.config)
+        self.feed_forward = FeedForward(self.config)
+        self.feed_forward_norm = LayerNorm(self.config)
+
+    def memory(self, encoded: Array) -> LayerCache:
+        """The cross-attention's keys and values of the encoder's output: [..., H, S, d_k]."""
+        return LayerCache(*self.cross_attention.project(encoded, "kv"))
+
+    def _sublayers(
+        self, x: Array, attend: Callable, cross_attend: Callable, dropout_key: Array | None
+    ) -> tuple[Array, Any, Array]:
+        x, extra = self.residual(self.self_attention_norm, x, attend, site_key(dropout_key, 0))
+        x, cross_weights = self.residual(
+            self.cross_attention_norm, x, cross_attend, site_key(dropout_key, 1)
+        )
+        return self.transform(x, site_key(dropout_key, 2)), extra, cross_weights
+
+    def __call__(
+        self,
+        x: Array,
+        encoded: Array,
+        mask: Array,
+        cross_mask: Array,
+        dropout_key: Array | None = None,
+        head_mask: Array | None = None,
+        cross_head_mask: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """[..., T, D] -> the same, and weights [..., H, T, T] and [..., H, T, S]."""
+
+        def attend(x):
+            qkv = self.self_attention.project(x, "qkv")
+            return self.self_attention.attend(*qkv, mask, site_key(dropout_key, 3), head_mask)
+
+        def cross_attend(x):
+            (query,) = self.cross_attention.project(x, "q")
+            return self.cross_attention.attend(
+                query, *self.memory(encoded), cross_mask, site_key(dropout_key, 4), cross_head_mask
+            )
+
+        return self._sublayers(x, attend, cross_attend, dropout_key)
+
+    def step(
+        self, x: Array, index: Array, cache: LayerCache, memory: LayerCache, cross_mask: Array
+    ) -> tuple[Array, LayerCache]:
+        """One position of each hypothesis: [B, W, D] -> the same, and the cache with it written.
+
+        The W hypotheses of a source are W queries of one cross-attention, so that its keys and
+        values need no copy a hypothesis.
+        """
+
+        def attend(x):
+            query, *new = self.self_attention.project(x[..., None, :], "qkv")
+            written = LayerCache(
+                *(
+                    jax.lax.dynamic_update_slice_in_dim(old, now, index, axis=-2)
+                    for old, now in zip(cache, new, strict=True)
+                )
+            )
+            mask = jnp.arange(cache.key.shape[-2]) <= index
+            y, _ = self.self_attention.attend(query, *written, mask)
+            return y[..., 0, :], written
+
+        def cross_attend(x):
+            (query,) = self.cross_attention.project(x, "q")
+            return self.cross_attention.attend(query, *memory, cross_mask)
+
+        x, cache, _ = self._sublayers(x, attend, cross_attend, None)
+        return x, cache
