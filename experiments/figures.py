@@ -145,7 +145,7 @@ def attention_map(letters: Sequence[str], sounds: Sequence[str], weights: np.nda
     Written by hand: a hundred small plots take matplotlib seconds, and its cells have no tooltips.
     """
     longest = max((len(sound) for sound in sounds if sound != _END), default=1)
-    left, right, bottom = 6.5 * longest + 5, _CELL * len(letters), _CELL * len(sounds)
+    left, right, bottom = 8 * longest + 5, _CELL * len(letters), _CELL * len(sounds)
     parts = [f'<rect class="well" x="{left}" width="{right}" height="{bottom}"/>']
     for row, sound in enumerate(sounds):
         y = _CELL * row

@@ -169,10 +169,10 @@ def _learning(metrics: Sequence[dict[str, Any]]) -> _Section:
     return _Section(
         "learning",
         "How it learned",
-        "Each curve runs over the training steps and ends in its last value. The training loss is "
-        "taken with dropout and label smoothing, so it stays above the validation loss: watch "
-        "whether both still fall. If the validation error rises again, the model has begun to "
-        "learn its dictionary by heart.",
+        "Each curve runs over the training steps and ends in its last value. The training loss "
+        "has label smoothing and dropout in it, so it mostly stays above the validation loss: "
+        "watch whether both still fall. If the validation error rises again, the model has begun "
+        "to learn its dictionary by heart.",
         figures and f'<div class="panels">{figures}</div>',
     )
 

@@ -5,7 +5,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from tfm.precision import linear, matmul
-from tfm.shapes import assert_fits
+from tfm.shapes import assert_broadcasts, assert_fits
 
 
 def masked_softmax(logits: Array, mask: Array | None = None) -> Array:
@@ -41,13 +41,15 @@ def attention_weights(
       [..., L, K]; each row sums to 1, or is all zeros where the mask allows no key.
 
     Raises:
-      AssertionError: query and key have different d_k, or fewer than two axes.
+      AssertionError: shapes that do not fit; the message names the argument and both shapes.
       TypeError: the mask is not boolean.
     """
     assert_fits("query", query, (..., None, None))
-    assert_fits("key", key, (..., None, query.shape[-1]), query=query)
-    if mask is not None and mask.dtype != jnp.bool_:
-        raise TypeError(f"mask must be boolean (True = may attend), not {mask.dtype}")
+    assert_fits("key", key, (*query.shape[:-2], None, query.shape[-1]), query=query)
+    if mask is not None:
+        if mask.dtype != jnp.bool_:
+            raise TypeError(f"mask must be boolean (True = may attend), not {mask.dtype}")
+        assert_broadcasts("mask", mask, (*query.shape[:-1], key.shape[-2]))
     d_k = query.shape[-1]
     logits = matmul(query, jnp.swapaxes(key, -1, -2), compute_dtype) / d_k**0.5
     return masked_softmax(logits, mask)
@@ -78,7 +80,7 @@ def scaled_dot_product_attention(
       TypeError: the mask is not boolean.
     """
     weights = attention_weights(query, key, mask, compute_dtype=compute_dtype)
-    assert_fits("value", value, (..., key.shape[-2], None), key=key)
+    assert_fits("value", value, (*key.shape[:-1], None), key=key)
     return matmul(weights, value, compute_dtype)
 
 
@@ -143,7 +145,12 @@ def multi_head_attention(
     """
     assert_fits("query_input", query_input, (..., None, None))
     d_model = query_input.shape[-1]
-    assert_fits("key_value_input", key_value_input, (..., None, d_model), query_input=query_input)
+    assert_fits(
+        "key_value_input",
+        key_value_input,
+        (*query_input.shape[:-2], None, d_model),
+        query_input=query_input,
+    )
     for name, weight in {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}.items():
         assert_fits(name, weight, (d_model, d_model), query_input=query_input)
     query = split_heads(linear(query_input, w_q, compute_dtype), num_heads)
