@@ -1,6 +1,4 @@
-import collections
 import hashlib
-import itertools
 import subprocess
 import sys
 
@@ -129,17 +127,8 @@ def test_missing_file_and_folder_are_named(tmp_path):
 
 # ---- examples
 
-ROWS, S, T = 4, 20, 24
-SHAPES = {
-    prefix + suffix: (ROWS, length)
-    for prefix, length in (("source", S), ("target", T))
-    for suffix in ("", "_segment_ids", "_positions")
-}
-
-
 @pytest.fixture(scope="module")
 def small(split):
-    """300 examples, all different, so that each can be told in a batch."""
     words = dict(list(split[0].items())[:4000:15])
     letters = Vocabulary.of(words)
     phones = Vocabulary.of(p for pronunciations in words.values() for p in pronunciations)
@@ -180,127 +169,6 @@ def test_fingerprint_sees_ids_order_and_borders(small):
     }
     assert len(others) == 4 and base not in others
     assert data.fingerprint(small) != data.fingerprint(small[:-1])
-
-
-# ---- packing
-
-
-@pytest.fixture
-def batches(small):
-    """A maker of iterators over `small` that closes them after the test."""
-    made = []
-
-    def make(seed=0):
-        sizes = {"rows": ROWS, "source_length": S, "target_length": T}
-        made.append(data.packed_batches(small, **sizes, seed=seed))
-        return made[-1]
-
-    yield make
-    for iterator in made:
-        iterator.close()
-
-
-def unpack(batch):
-    """The (source, target) pairs in a batch; checks segments and positions on the way."""
-    pairs = []
-    for row in range(ROWS):
-        parts = {}
-        for key in ("source", "target"):
-            ids, segments, positions = (
-                batch[key + suffix][row] for suffix in ("", "_segment_ids", "_positions")
-            )
-            count = segments.max()
-            used = int((segments > 0).sum())
-            assert not (ids[used:].any() or segments[used:].any() or positions[used:].any())
-            assert (segments[:used] == np.sort(segments[:used])).all()
-            parts[key] = [tuple(ids[segments == n].tolist()) for n in range(1, count + 1)]
-            for n, part in enumerate(parts[key], start=1):
-                assert part and positions[segments == n].tolist() == list(range(len(part)))
-                assert part.index(EOS) == len(part) - 1
-        assert len(parts["source"]) == len(parts["target"])
-        pairs += zip(parts["source"], parts["target"], strict=True)
-    return pairs
-
-
-def test_each_example_comes_once_an_epoch(small, batches):
-    expected = collections.Counter((tuple(e["source"]), tuple(e["target"])) for e in small)
-    assert max(expected.values()) == 1
-    iterator, seen, drawn = batches(), collections.Counter(), []
-    while len(drawn) < 3 * len(small):
-        batch = next(iterator)
-        assert {key: value.shape for key, value in batch.items()} == SHAPES
-        assert {value.dtype for value in batch.values()} == {np.dtype("int32")}
-        pairs = unpack(batch)
-        seen.update(pairs)
-        drawn += pairs
-        # After n examples each has come ⌊n/N⌋ or ⌈n/N⌉ times: a batch is a stretch of the stream.
-        assert set(seen) <= set(expected)
-        whole, rest = divmod(len(drawn), len(small))
-        assert all(whole <= seen[pair] <= whole + (rest > 0) for pair in expected)
-
-
-def test_epochs_and_seeds_differ_and_a_seed_repeats(small, batches):
-    def order(iterator, epochs):
-        drawn = []
-        while len(drawn) < epochs * len(small):
-            drawn += unpack(next(iterator))
-        return drawn
-
-    first, again, other = order(batches(0), 2), order(batches(0), 2), order(batches(1), 1)
-    assert first == again
-    # As sets: the seed shuffles the examples, not only the rows that they are packed in.
-    assert set(first[:50]) != set(other[:50])
-    # The second epoch in another order: few pairs of neighbours survive.
-    epochs = first[: len(small)], first[len(small) : 2 * len(small)]
-    neighbours = [set(itertools.pairwise(epoch)) for epoch in epochs]
-    assert len(neighbours[0] & neighbours[1]) < len(small) / 10
-
-
-def test_state_resumes_exactly_in_the_first_and_second_epoch(small, batches):
-    iterator = batches()
-    states, stream, drawn = [], [], 0
-    while drawn < 2.5 * len(small):
-        states.append(iterator.get_state())
-        stream.append(next(iterator))
-        drawn += len(unpack(stream[-1]))
-    per_epoch = len(stream) / 2.5
-    for start in (0, 1, int(0.4 * per_epoch), int(1.5 * per_epoch)):
-        resumed = batches()
-        resumed.set_state(states[start])
-        assert resumed.get_state() == states[start]
-        for expected in stream[start:]:
-            batch = next(resumed)
-            assert batch.keys() == expected.keys()
-            assert all((batch[key] == expected[key]).all() for key in batch)
-
-
-def test_a_running_iterator_can_be_set_back(batches):
-    iterator = batches()
-    next(iterator)
-    state = iterator.get_state()
-    expected = next(iterator)
-    next(iterator)
-    iterator.set_state(state)
-    assert (next(iterator)["source"] == expected["source"]).all()
-
-
-def test_a_too_long_example_is_an_error_not_a_cut(small):
-    iterator = data.packed_batches(small, rows=2, source_length=S, target_length=4, seed=0)
-    with pytest.raises(ValueError, match="truncated to max length"):
-        next(iterator)
-    iterator.close()
-
-
-def test_packing_fills_most_slots(split):
-    train = dict(list(split[0].items())[::20])
-    letters = Vocabulary.of(train)
-    phones = Vocabulary.of(p for pronunciations in train.values() for p in pronunciations)
-    made = data.examples(train, letters, phones)
-    iterator = data.packed_batches(made, rows=32, source_length=64, target_length=56, seed=0)
-    drawn = [next(iterator) for _ in range(10)]
-    iterator.close()
-    for key in ("source", "target"):
-        assert np.mean([batch[key] > 0 for batch in drawn]) > 0.94
 
 
 def test_padded():
