@@ -103,7 +103,9 @@ class Pronouncer:
         results: list[list[Pronunciation]] = [[]] * len(words)
         for start in range(0, len(words), ROWS):
             chosen = order[start : start + ROWS]
-            source = padded([encoded[i] for i in chosen], self.source_length, ROWS)
+            # Copies fill the last batch: rows of padding would babble on to the length limit.
+            filled = chosen + [chosen[-1]] * (ROWS - len(chosen))
+            source = padded([encoded[i] for i in filled], self.source_length, ROWS)
             decoded = _decode(self.model, self.params, source, beam, self.target_length, self.alpha)
             tokens, scores = jax.device_get((decoded.tokens[:, :n], decoded.scores[:, :n]))
             for i, ids, row in zip(chosen, tokens, scores, strict=False):

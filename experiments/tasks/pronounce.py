@@ -13,7 +13,7 @@ from experiments.data import DataError, Lexicon
 from experiments.loop import Schedule, train
 from experiments.packing import packed_batches, packed_rows
 from experiments.pronouncer import Pronouncer
-from experiments.run_folder import RunFolder, plain, write_json
+from experiments.run_folder import RunFolder, RunFolderError, plain, write_json
 from experiments.tasks.pronounce_report import report
 from experiments.vocabulary import BOS, Vocabulary
 from tfm.config import TransformerConfig
@@ -38,13 +38,13 @@ class PronounceConfig:
     """Folder of the run: config, metrics, checkpoints, results, report."""
     seed: int = 0
     """Seed of the initialisation, the dropout and the order of the data."""
-    steps: int = 3600
+    steps: int = 3000
     """Updates in all; a larger number extends a finished run."""
     save_every: int = 500
     """Steps between checkpoints; an interrupted run resumes from the newest."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
-    evaluate_every: int = 600
+    evaluate_every: int = 500
     """Steps between evaluations on the validation words."""
     train_file: Path | None = None
     """Training lexicon, lines `word<TAB>PH PH …`. None: CMUdict and its test words."""
@@ -272,6 +272,8 @@ def run(config: PronounceConfig) -> None:
     check(config, lexicons)
     folder = RunFolder(config.run)
     done = folder.read("results.json")
+    if done and done["steps"] > config.steps:
+        raise RunFolderError(f"{config.run} has done {done['steps']} steps, more than {config.steps}")
     folder.claim(plain(config), MAY_DIFFER)
     if done and done["steps"] == config.steps:
         print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")

@@ -1,0 +1,121 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.run_folder import MetricsLog, RunFolder, RunFolderError, plain, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run: Path = Path("runs/a")
+    rate: float = 0.5
+    file: Path | None = None
+    model: Inner = Inner()
+
+
+CONFIG = {"run": "runs/a", "rate": 0.5, "file": None, "model": {"size": 3}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "deep" / "run")
+
+
+def test_plain_is_json():
+    assert plain(Config()) == CONFIG == json.loads(json.dumps(plain(Config())))
+
+
+def test_write_json_leaves_one_file_and_keeps_the_letters(tmp_path):
+    write_json(tmp_path / "a.json", {"é": 1})
+    write_json(tmp_path / "a.json", {"é": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert "é" in (tmp_path / "a.json").read_text(encoding="utf-8")
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", object())
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": 2}
+
+
+def test_claim_makes_the_folder_and_takes_the_same_config_again(folder):
+    assert folder.read("config.json") is None
+    folder.claim(CONFIG, set())
+    folder.claim(CONFIG, set())
+    assert folder.read("config.json") == CONFIG
+
+
+def test_claim_names_every_differing_field_old_and_new_and_changes_nothing(folder):
+    folder.claim(CONFIG, {"run"})
+    other = {"run": "b", "rate": 0.25, "model": {"size": 4}, "new": True}
+    with pytest.raises(RunFolderError) as error:
+        folder.claim(other, {"run"})
+    message = str(error.value)
+    assert message.startswith(f"{folder.path} holds") and "\n" not in message
+    for difference in ("rate: 0.5 -> 0.25", "model.size: 3 -> 4", "new: None -> True"):
+        assert difference in message
+    assert "run:" not in message and "file" not in message
+    assert folder.read("config.json") == CONFIG
+
+
+def test_claim_lets_named_fields_differ_and_remembers_them(folder):
+    folder.claim(CONFIG, {"rate"})
+    folder.claim(CONFIG | {"rate": 0.75}, {"rate"})
+    assert folder.read("config.json")["rate"] == 0.75
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunFolderError, match="file"):
+            RunFolder(path).claim(CONFIG, set())
+
+
+def test_a_file_that_is_not_json_is_named(folder):
+    folder.claim(CONFIG, set())
+    (folder.path / "config.json").write_text('{"half": ')
+    with pytest.raises(RunFolderError, match=r"config\.json: "):
+        folder.claim(CONFIG, set())
+
+
+def test_metrics_are_read_back_without_a_line_cut_short(folder):
+    folder.claim(CONFIG, set())
+    assert folder.metrics() == []
+    lines = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": 1.5}]
+    with MetricsLog(folder, 1) as log:
+        for line in lines:
+            log.write(line)
+            assert folder.metrics()[-1] == line  # at once, for whoever watches
+    assert folder.metrics() == lines
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert folder.metrics() == lines
+
+
+def test_metrics_from_the_first_step_on_are_dropped(folder):
+    folder.claim(CONFIG, set())
+    with MetricsLog(folder, 1) as log:
+        for step in (1, 5, 10, 15):
+            log.write({"step": step, "loss": 1.0})
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "lo')
+    with MetricsLog(folder, 10) as log:
+        log.write({"step": 10, "loss": 0.5})
+    assert folder.metrics() == [
+        {"step": 1, "loss": 1.0},
+        {"step": 5, "loss": 1.0},
+        {"step": 10, "loss": 0.5},
+    ]
+
+
+def test_tensorboard_events_hold_the_scalars(folder):
+    folder.claim(CONFIG, set())
+    with MetricsLog(folder, 1) as log:
+        log.write({"step": 7, "loss": 2.0, "valid_wer": 0.25})
+    (events,) = (folder.path / "tensorboard").glob("events.out.tfevents.*")
+    content = events.read_bytes()
+    assert b"loss" in content and b"valid_wer" in content
