@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -156,9 +157,9 @@ def check_lengths(
         )
 
 
-def fingerprint(examples: Sequence[dict[str, Any]]) -> str:
-    """SHA-256 (hex) of all ids in order: an iterator's state is valid for this data alone."""
-    digest = hashlib.sha256()
+def fingerprint(examples: Sequence[dict[str, Any]], *vocabularies: Vocabulary) -> str:
+    """SHA-256 (hex) of what the ids mean and of all ids in order: what a run is trained on."""
+    digest = hashlib.sha256(json.dumps([v.to_json() for v in vocabularies]).encode())
     for example in examples:
         for key in ("source", "target"):
             ids = np.asarray(example[key], "<i4").tobytes()

@@ -37,8 +37,8 @@ class Schedule:
     save_every: int
 
     def due(self, step: int, every: int) -> bool:
-        """Whether `step` (counted from 1) ends a period; the first and the last always do."""
-        return step in (1, self.steps) or step % every == 0
+        """Whether `step` (counted from 1) ends a period; the last always does."""
+        return step == self.steps or step % every == 0
 
 
 class StopSignal:
@@ -107,9 +107,10 @@ class Meter:
 
     def __init__(self, seconds_before: float) -> None:
         self._run_started = time.monotonic() - seconds_before
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begins a new reading: what passed since the last one is not counted."""
         self._started = time.monotonic()
         self._metrics: list[dict] = []
         self._words = 0
@@ -132,7 +133,7 @@ class Meter:
         tokens = sum(int(m["tokens"]) for m in metrics)
         loss = sum(float(m["loss"]) * int(m["tokens"]) for m in metrics) / tokens
         words_per_second = self._words / elapsed
-        self._restart()
+        self.restart()
         line = {
             "loss": loss,
             "tokens_per_second": tokens / elapsed,
@@ -148,18 +149,12 @@ def _notes(batches: Batches, meter: Meter, fingerprint: str) -> dict[str, Any]:
 
 
 def _resume(
-    checkpoints: Checkpoints,
-    state: TrainState,
-    batches: Batches,
-    schedule: Schedule,
-    fingerprint: str,
+    checkpoints: Checkpoints, state: TrainState, batches: Batches, fingerprint: str
 ) -> tuple[TrainState, float]:
     """The newest checkpoint's state and seconds, with `batches` set to its position."""
     step = checkpoints.latest()
     if step is None:
         return state, 0.0
-    if step > schedule.steps:
-        raise RunFolderError(f"the run is at step {step} already, beyond --steps {schedule.steps}")
     state, notes = checkpoints.restore(step, state)
     if notes["fingerprint"] != fingerprint:
         # The iterator's state is only a position: on other data it would resume without complaint.
@@ -187,10 +182,10 @@ def train(
       the final state, and the seconds spent, those of earlier sittings included.
 
     Raises:
-      RunFolderError: the checkpoint belongs to other data, or is beyond the steps asked for.
+      RunFolderError: the checkpoint belongs to other data.
     """
     with Checkpoints(folder.checkpoints) as checkpoints, StopSignal() as stop:
-        state, seconds = _resume(checkpoints, state, batches, schedule, fingerprint)
+        state, seconds = _resume(checkpoints, state, batches, fingerprint)
         done, meter = int(state.step), Meter(seconds)
         with MetricsLog(folder, done + 1) as log, Display(schedule.steps, done) as display:
             if done:
@@ -199,15 +194,17 @@ def train(
                 batch = next(batches)
                 state, metrics = train_step(state, batch)
                 meter.add(batch, metrics)
-                if schedule.due(step, schedule.log_every):
+                evaluating = schedule.due(step, schedule.evaluate_every)
+                if evaluating or step == 1 or schedule.due(step, schedule.log_every):
                     line, status = meter.read()
                     line |= {"step": step, "learning_rate": float(learning_rate(step - 1))}
                     display.update(step, status)
-                    if step > 1 and schedule.due(step, schedule.evaluate_every):
+                    if evaluating:
                         line |= evaluate(state.params)
                         display.say(validation_line(line))
+                        meter.restart()  # evaluating is not training's speed
                     log.write(line)
-                if stop.received or (step > 1 and schedule.due(step, schedule.save_every)):
+                if stop.received or schedule.due(step, schedule.save_every):
                     checkpoints.save(step, state, _notes(batches, meter, fingerprint))
                 if stop.received:
                     display.say(f"stopped and saved at step {step}; the same command goes on")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import padded
 from experiments.run_folder import RunFolder, RunFolderError
-from experiments.vocabulary import BOS, EOS, Vocabulary
+from experiments.vocabulary import BOS, EOS, PAD, Vocabulary
 from tfm.checkpoint import Checkpoints
 from tfm.config import TransformerConfig
 from tfm.decoding import Decoded, beam_search, start_decoding
@@ -44,7 +45,13 @@ def _decode(
     length: int,
     alpha: float,
 ) -> Decoded:
-    step, cache = start_decoding(model, params, source, beam, length)
+    model_step, cache = start_decoding(model, params, source, beam, length)
+
+    def step(tokens, index, cache):
+        logits, cache = model_step(tokens, index, cache)
+        # A model that has learned little may say padding or start, which are no sounds.
+        return logits.at[..., jnp.array([PAD, BOS])].set(-jnp.inf), cache
+
     return beam_search(step, cache, bos=BOS, eos=EOS, max_length=length, alpha=alpha)
 
 
@@ -136,12 +143,10 @@ def load(run: str | Path) -> Pronouncer:
     if config is None or vocabularies is None:
         raise RunFolderError(f"{run}: not the folder of a pronunciation run (no config.json)")
     model = Transformer(TransformerConfig(**config["model"]))
+    step = folder.steps_done()
+    if not step:
+        raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
     with Checkpoints(folder.checkpoints) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise RunFolderError(
-                f"{folder.checkpoints}: no checkpoint; has the run been interrupted?"
-            )
         params = checkpoints.restore_params(step)
     return Pronouncer(
         model=model,

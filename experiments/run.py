@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> None:
         return
     name = "pronounce" if not arguments or arguments[0].startswith("-") else arguments[0]
     if name not in EXPERIMENTS:
-        sys.exit(f"error: no experiment named {name!r}\n\n{usage()}")
+        print(f"error: no experiment named {name!r}\n\n{usage()}", file=sys.stderr)
+        sys.exit(2)
     flags = arguments[1:] if arguments[:1] == [name] else arguments
     try:
         globals()[name](flags)

@@ -7,6 +7,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from tfm.checkpoint import Checkpoints
+
 
 class RunFolderError(ValueError):
     """A run folder that cannot serve this run, in one line that is ready to print."""
@@ -49,10 +51,15 @@ class RunFolder:
         """
         file = self.path / name
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            value = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(value, dict):
+                raise ValueError("not a JSON object")
+            return value
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise RunFolderError(f"{file}: {error.strerror}") from None
+        except ValueError as error:
             raise RunFolderError(f"{file}: {error}") from None
 
     def claim(self, config: dict[str, Any], may_differ: set[str]) -> None:
@@ -79,6 +86,13 @@ class RunFolder:
             write_json(self.path / "config.json", config)
         except OSError as error:
             raise RunFolderError(f"{self.path}: {error.strerror}") from None
+
+    def steps_done(self) -> int:
+        """The step of the newest checkpoint; 0 where there is none."""
+        if not self.checkpoints.is_dir():
+            return 0
+        with Checkpoints(self.checkpoints) as checkpoints:
+            return checkpoints.latest() or 0
 
     def metrics(self) -> list[dict[str, Any]]:
         """The objects of metrics.jsonl so far; a last line cut short is dropped."""

@@ -1,5 +1,7 @@
 """What every function of the functional core must pass, whatever its formula is."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,3 +60,10 @@ def relative_error(actual, expected):
     """‖actual - expected‖ / ‖expected‖"""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def products_in(function, *arguments):
+    """(left operand, right operand, result) types of each product in the lowered function."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    signature = r"dot_general.*: \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\) -> tensor<\S*x(\w+)>"
+    return re.findall(signature, text)

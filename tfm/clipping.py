@@ -8,7 +8,9 @@ from jax import Array
 
 def global_norm(tree: chex.ArrayTree) -> Array:
     """‖g‖ = √(Σ over all leaves and elements of g²)."""
-    return jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(tree)))
+    total = sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(tree))
+    # √ has no derivative at 0; the inner where keeps it from being asked for one.
+    return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
 
 
 def clip_by_global_norm(tree: chex.ArrayTree, threshold: float) -> chex.ArrayTree:
@@ -25,5 +27,6 @@ def clip_by_global_norm(tree: chex.ArrayTree, threshold: float) -> chex.ArrayTre
       a tree of the same structure, shapes and dtypes.
     """
     norm = global_norm(tree)
-    factor = jnp.where(norm > threshold, threshold / jnp.where(norm > 0, norm, 1), 1)
+    # In this order a NaN norm makes every leaf NaN: half a broken gradient would pass unseen.
+    factor = jnp.where(norm <= threshold, 1, threshold / jnp.where(norm == 0, 1, norm))
     return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), tree)

@@ -36,11 +36,13 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 def embed(ids: Array, table: Array) -> Array:
     """E(id) · √d_model (§3.4).
 
-    ids: [...] integers in [0, V), table: [V, D] -> [..., D]; NaN for an id outside [0, V), since
-    a compiled function cannot raise.
+    ids: [...] integers in [0, V), table: [V, D] -> [..., D] in f32, or f64 for
+    an f64 table; NaN for an id outside [0, V), since a compiled function cannot raise.
     """
     assert_fits("table", table, (None, None))
-    return _lookup(table, ids) * table.shape[1] ** 0.5
+    table = jnp.asarray(table)
+    table = table.astype(working_dtype(table))
+    return _lookup(table, jnp.asarray(ids)) * table.shape[1] ** 0.5
 
 
 def output_logits(

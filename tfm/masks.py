@@ -26,6 +26,7 @@ def segment_mask(query_segments: Array, key_segments: Array) -> Array:
     query_segments: [..., L], key_segments: [..., K] -> [..., 1, L, K], the same for every head.
     """
     assert_fits("query_segments", query_segments, (..., None))
-    assert_fits("key_segments", key_segments, (..., None))
+    leading = query_segments.shape[:-1]
+    assert_fits("key_segments", key_segments, (*leading, None), query_segments=query_segments)
     query_segments, key_segments = query_segments[..., :, None], key_segments[..., None, :]
     return ((query_segments == key_segments) & (key_segments != 0))[..., None, :, :]

@@ -15,7 +15,7 @@ from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_logits
 from tfm.layers import DecoderLayer, EncoderLayer, LayerCache, LayerNorm, site_key
-from tfm.masks import causal_mask, segment_mask
+from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.positions import sinusoidal_positions
 from tfm.shapes import assert_fits
 
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
         c = self.config
         encoded, _ = self.encode(source)
         memory = tuple(layer.memory(encoded) for layer in self.decoder)
-        mask = (source != 0)[:, None, None, :]
+        mask = padding_mask(source)
         shape = (source.shape[0], num_hypotheses, c.num_heads, max_length, c.d_model // c.num_heads)
         zeros = jnp.zeros(shape, encoded.dtype)
         return Memory(memory, mask), tuple(LayerCache(zeros, zeros) for _ in self.decoder)

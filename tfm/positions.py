@@ -31,21 +31,22 @@ def sinusoidal_positions(positions: int | Array, d_model: int) -> Array:
       [L, D] or [..., D]; f32, or f64 where x64 is enabled.
 
     Raises:
-      ValueError: d_model is odd, since sines and cosines come in pairs.
+      ValueError: d_model is odd, since sines and cosines come in pairs; a negative length.
       TypeError: positions that are not integers.
     """
-    if d_model % 2:
-        raise ValueError(
-            f"d_model={d_model} is odd: sinusoidal positions need pairs of sin and cos"
-        )
+    if d_model < 2 or d_model % 2:
+        raise ValueError(f"d_model={d_model} must be even: sines and cosines come in pairs")
     dtype = jnp.zeros((), float).dtype
-    if isinstance(positions, int):
+    if isinstance(positions, int | np.integer):
+        if positions < 0:
+            raise ValueError(f"positions={positions} must be a length, or an array of positions")
         angles = _angles(np.arange(positions), d_model)
         pairs = np.stack([np.sin(angles), np.cos(angles)], axis=-1)
         return jnp.asarray(pairs.reshape(positions, d_model), dtype)
     positions = jnp.asarray(positions)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(f"positions must be integers, not {positions.dtype}")
+    positions = positions.astype(jnp.int32)
     coarse = _angles(np.arange(TABLE_SIZE) * TABLE_STEP, d_model)
     fine = _angles(np.arange(TABLE_STEP), d_model)
     high, low = positions // TABLE_STEP, positions % TABLE_STEP

@@ -211,9 +211,14 @@ def make_evaluate(
     return evaluate
 
 
-def fit(config: PronounceConfig, lexicons: Lexicons, folder: RunFolder) -> tuple[Pronouncer, dict]:
+def fit(
+    config: PronounceConfig,
+    lexicons: Lexicons,
+    examples: list[dict[str, Any]],
+    fingerprint: str,
+    folder: RunFolder,
+) -> tuple[Pronouncer, dict[str, Any]]:
     """Trains (or goes on training); returns the pronouncer and what there is to say of the run."""
-    made = data.examples(lexicons.train, lexicons.letters, lexicons.phones)
     model = Transformer(config.model)
     learning_rate = make_learning_rate(config)
     optimizer = make_optimizer(learning_rate, config.clip)
@@ -227,7 +232,7 @@ def fit(config: PronounceConfig, lexicons: Lexicons, folder: RunFolder) -> tuple
         config.source_length, config.target_length, config.beam, config.alpha,
     )  # fmt: skip
     batches = packed_batches(
-        made, rows=config.rows, source_length=config.source_length,
+        examples, rows=config.rows, source_length=config.source_length,
         target_length=config.target_length, seed=config.seed,
     )  # fmt: skip
     schedule = Schedule(config.steps, config.log_every, config.evaluate_every, config.save_every)
@@ -235,7 +240,7 @@ def fit(config: PronounceConfig, lexicons: Lexicons, folder: RunFolder) -> tuple
         jax.jit(train_step, donate_argnums=0), state, batches, folder, schedule,
         learning_rate=learning_rate,
         evaluate=make_evaluate(config, lexicons, untrained),
-        fingerprint=data.fingerprint(made),
+        fingerprint=fingerprint,
     )  # fmt: skip
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     about = {"steps": int(state.step), "parameters": parameters, "train_seconds": seconds}
@@ -272,9 +277,13 @@ def run(config: PronounceConfig) -> None:
     check(config, lexicons)
     folder = RunFolder(config.run)
     done = folder.read("results.json")
-    if done and done["steps"] > config.steps:
-        raise RunFolderError(f"{config.run} has done {done['steps']} steps, more than {config.steps}")
-    folder.claim(plain(config), MAY_DIFFER)
+    steps_done = folder.steps_done()
+    if steps_done > config.steps:
+        raise RunFolderError(f"{config.run} is at step {steps_done}, beyond --steps {config.steps}")
+    examples = data.examples(lexicons.train, lexicons.letters, lexicons.phones)
+    fingerprint = data.fingerprint(examples, lexicons.letters, lexicons.phones)
+    # Beside the config, so that other data is refused as another config is.
+    folder.claim({**plain(config), "data_sha256": fingerprint}, MAY_DIFFER)
     if done and done["steps"] == config.steps:
         print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
         return
@@ -287,7 +296,7 @@ def run(config: PronounceConfig) -> None:
     ):
         print(f"{len(size):,} {name} words", end="  ")
     print(f"{config.model.parameter_count():,} parameters", flush=True)
-    pronouncer, about = fit(config, lexicons, folder)
+    pronouncer, about = fit(config, lexicons, examples, fingerprint, folder)
     valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
     results = results_of(config, about, valid, test)
     report(plain(config), lexicons, folder, pronouncer, results, test.hypotheses)

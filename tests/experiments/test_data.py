@@ -127,6 +127,7 @@ def test_missing_file_and_folder_are_named(tmp_path):
 
 # ---- examples
 
+
 @pytest.fixture(scope="module")
 def small(split):
     words = dict(list(split[0].items())[:4000:15])

@@ -1,4 +1,4 @@
-"""The loop around a toy step: no model, no compilation, but real batches, checkpoints and signals."""
+"""The loop around a toy step: no model to compile, but real batches, checkpoints and signals."""
 
 import os
 import signal
@@ -123,7 +123,6 @@ def test_the_last_step_is_saved(whole):
     assert_same(tree, state)
 
 
-@pytest.mark.xfail(strict=True, reason="an evaluation is skipped where its step is not logged")
 def test_evaluations_do_not_wait_for_a_step_that_is_logged(tmp_path):
     run(tmp_path, log_every=5, evaluate_every=4)
     lines = RunFolder(tmp_path).metrics()
@@ -217,14 +216,10 @@ def test_more_steps_extend(tmp_path):
     assert steps_logged(tmp_path) == [1, 5, 7, 9]
 
 
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [({"steps": 4}, "step 7 already, beyond --steps 4"), ({"fingerprint": "g"}, "data differs")],
-)
-def test_fewer_steps_and_other_data_are_refused_and_nothing_is_lost(tmp_path, change, why):
+def test_other_data_is_refused_and_nothing_is_lost(tmp_path):
     run(tmp_path, steps=7)
     before, step = files(tmp_path), Step()
-    with pytest.raises(RunFolderError, match=why):
-        run(tmp_path, step, **({"steps": 9} | change))
+    with pytest.raises(RunFolderError, match="data differs"):
+        run(tmp_path, step, steps=9, fingerprint="g")
     assert step.calls == 0 and files(tmp_path) == before
     assert {s: signal.getsignal(s) for s in HANDLERS} == HANDLERS

@@ -4,6 +4,7 @@ import dataclasses
 import io
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import pronouncer
@@ -20,7 +21,7 @@ from tfm.training import init_state, make_optimizer
 LETTERS, PHONES = Vocabulary(tuple("abcdé")), Vocabulary(("AA", "B", "K", "D"))
 MODEL = TransformerConfig(
     vocab_size=PHONES.size, source_vocab_size=LETTERS.size, d_model=8, d_ff=8, num_heads=2,
-    num_encoder_layers=1, num_decoder_layers=1,
+    num_encoder_layers=1, num_decoder_layers=1, output_bias=True,
 )  # fmt: skip
 SOURCE_LENGTH, TARGET_LENGTH, BEAM = 7, 6, 2
 
@@ -29,8 +30,10 @@ SOURCE_LENGTH, TARGET_LENGTH, BEAM = 7, 6, 2
 def said():
     """An untrained pronouncer, made once: so the beams that the tests use compile once."""
     state = init_state(Transformer(MODEL), make_optimizer(lambda _: 0.1, 1.0), jax.random.key(3))
+    # A trained model never says <pad> or <s>, nor nothing: let the untrained one seldom end.
+    params = state.params | {"output_bias": jnp.array([-99.0, -99.0, -1.0, 0, 0, 0, 0])}
     return Pronouncer(
-        Transformer(MODEL), state.params, LETTERS, PHONES, SOURCE_LENGTH, TARGET_LENGTH, BEAM, 0.6
+        Transformer(MODEL), params, LETTERS, PHONES, SOURCE_LENGTH, TARGET_LENGTH, BEAM, 0.6
     )
 
 
@@ -165,7 +168,6 @@ def test_a_folder_without_a_checkpoint_is_named(run):
         load(run)
 
 
-@pytest.mark.xfail(strict=True, reason="opening the checkpoints to read makes their folder")
 def test_reading_makes_no_folder(run):
     with pytest.raises(RunFolderError):
         load(run)

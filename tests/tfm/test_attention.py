@@ -9,6 +9,7 @@ from checks import (
     assert_gradients_right,
     assert_refuses,
     assert_transforms_agree,
+    products_in,
     relative_error,
 )
 
@@ -271,6 +272,15 @@ def test_bfloat16_compute_stays_within_two_percent(rng):
     rounded = attend_with_heads(*inputs, num_heads=4, compute_dtype=jnp.bfloat16)
     assert rounded.dtype == jnp.float32
     assert 0 < relative_error(rounded, exact) < 0.02
+
+
+def test_bfloat16_compute_reaches_every_product(rng):
+    def attend_in_bfloat16(*inputs):
+        return multi_head_attention(*inputs, 2, compute_dtype=jnp.bfloat16)
+
+    # Three projections, the scores, the weighted sum, the last projection.
+    products = products_in(attend_in_bfloat16, *multi_head_inputs(rng))
+    assert products == [("bf16", "bf16", "f32")] * 6
 
 
 @pytest.mark.parametrize(

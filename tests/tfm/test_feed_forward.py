@@ -9,6 +9,7 @@ from checks import (
     assert_gradients_right,
     assert_refuses,
     assert_transforms_agree,
+    products_in,
     relative_error,
 )
 
@@ -58,6 +59,8 @@ def test_bfloat16_compute_stays_within_two_percent(rng):
     rounded = run(*arguments, compute_dtype=jnp.bfloat16)
     assert rounded.dtype == jnp.float32
     assert 0 < relative_error(rounded, run(*arguments)) < 0.02
+    products = products_in(lambda *x: feed_forward(*x, compute_dtype=jnp.bfloat16), *arguments)
+    assert products == [("bf16", "bf16", "f32")] * 2
 
 
 @pytest.mark.parametrize(

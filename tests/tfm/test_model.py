@@ -116,9 +116,7 @@ def reference_transformer(params, config, source, target, drop=identity, drop_we
     for i in range(config.num_decoder_layers):
         layer = p[f"decoder_{i}"]
         x = sublayer(layer, "self_attention", x, lambda p, x: attention(p, x, x, mask))
-        x = sublayer(
-            layer, "cross_attention", x, lambda p, x: attention(p, x, encoded, cross_mask)
-        )
+        x = sublayer(layer, "cross_attention", x, lambda p, x: attention(p, x, encoded, cross_mask))
         x = sublayer(layer, "feed_forward", x, feed_forward)
     x = norm(p["decoder_norm"], x) if config.norm_placement == "pre" else x
     return references.matrix_product(x, p["embedding"].T) + p.get("output_bias", 0)

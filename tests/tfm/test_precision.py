@@ -1,5 +1,3 @@
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ from checks import (
     assert_default_precision,
     assert_gradients_right,
     assert_transforms_agree,
+    products_in,
     relative_error,
 )
 
@@ -26,13 +25,6 @@ def rounded(x):
 def product(a, b):
     """The reference over leading axes."""
     return np.vectorize(references.matrix_product, signature="(l,i),(i,o)->(l,o)")(a, b)
-
-
-def products_in(function, *arguments):
-    """(left operand, right operand, result) types of each product in the lowered function."""
-    text = jax.jit(function).lower(*arguments).as_text()
-    signature = r"dot_general.*: \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\) -> tensor<\S*x(\w+)>"
-    return re.findall(signature, text)
 
 
 def test_products_equal_the_reference(rng, tolerance):

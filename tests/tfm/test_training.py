@@ -1,0 +1,251 @@
+import functools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+from checks import assert_close, assert_refuses
+
+from tfm import (
+    Transformer,
+    TransformerConfig,
+    cosine_schedule,
+    global_norm,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    paper_schedule,
+    shift_right,
+    summed_loss,
+)
+
+BOS, EOS = 1, 2
+CONFIG = TransformerConfig(
+    vocab_size=10,
+    d_model=32,
+    d_ff=64,
+    num_heads=2,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    dropout_rate=0.05,
+)
+MODEL, STILL = Transformer(CONFIG), Transformer(replace(CONFIG, dropout_rate=0.0))
+OPTIMIZER = make_optimizer(optax.constant_schedule(3e-3), clip_threshold=1.0)
+
+
+@functools.cache
+def initial_state():
+    return jax.jit(lambda key: init_state(MODEL, OPTIMIZER, key))(jax.random.PRNGKey(0))
+
+
+def fresh_state():
+    """A state that may be donated."""
+    return jax.tree.map(jnp.copy, initial_state())
+
+
+def copy_batch(seed, rows=16, length=12):
+    """Packed sequences to be copied: as many of 2 to 5 symbols as fit in each row."""
+    rng = np.random.default_rng(seed)
+    batch = {
+        f"{side}{name}": np.zeros((rows, length), np.int32)
+        for side in ("source", "target")
+        for name in ("", "_segment_ids", "_positions")
+    }
+    for row in range(rows):
+        start, segment = 0, 1
+        while start + (size := rng.integers(3, 7)) <= length:
+            slots = slice(start, start + size)
+            symbols = [*rng.integers(3, 10, size - 1), EOS]
+            for side in ("source", "target"):
+                batch[side][row, slots] = symbols
+                batch[f"{side}_segment_ids"][row, slots] = segment
+                batch[f"{side}_positions"][row, slots] = range(size)
+            start, segment = start + size, segment + 1
+    return batch
+
+
+class Counted:
+    """A function that counts how often it is traced."""
+
+    def __init__(self, function):
+        self.function, self.traces = function, 0
+
+    def __call__(self, *arguments):
+        self.traces += 1
+        return self.function(*arguments)
+
+
+TRACED = Counted(make_train_step(MODEL, OPTIMIZER, bos=BOS))
+step = jax.jit(TRACED, donate_argnums=0)
+
+
+def train(state, batches):
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(metrics["loss"])
+    return state, np.array(losses)
+
+
+def assert_same_bits(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_the_papers_schedule():
+    schedule = paper_schedule(512, warmup_steps=4000)
+    # Step n of the paper is count n - 1 of optax.
+    for n in (1, 2, 100, 3999, 4000, 4001, 100_000):
+        expected = 512**-0.5 * min(n**-0.5, n * 4000**-1.5)
+        assert float(schedule(n - 1)) == pytest.approx(expected, rel=1e-6)
+        assert float(schedule(jnp.int32(n - 1))) == pytest.approx(expected, rel=1e-6)
+    assert float(schedule(3999)) == pytest.approx(6.9877e-4, rel=1e-4)  # its peak
+    assert float(paper_schedule(512, 4000, factor=2.0)(9)) == pytest.approx(2 * float(schedule(9)))
+
+
+def test_the_cosine_schedule():
+    schedule = cosine_schedule(peak=0.5, warmup_steps=10, total_steps=110)
+    for count, expected in [(0, 0), (5, 0.25), (10, 0.5), (60, 0.25), (110, 0), (200, 0)]:
+        assert float(schedule(count)) == pytest.approx(expected, abs=1e-7)
+    assert float(schedule(35)) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def reference_adam(gradients, rates, threshold):
+    """Clipping, then Adam with the paper's numbers: the updates of each step, in float64."""
+    beta1, beta2, epsilon = 0.9, 0.98, 1e-9
+    m = v = np.zeros_like(gradients[0])
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        (g,) = references.clip_by_global_norm([gradient], threshold)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        yield -rate * (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + epsilon)
+
+
+def test_the_optimizer_clips_and_then_is_the_papers_adam(rng):
+    optimizer = make_optimizer(paper_schedule(16, warmup_steps=2), clip_threshold=1.5)
+    gradients = [rng.standard_normal(6) * size for size in (10.0, 0.3, 4.0)]
+    for gradient in gradients:
+        gradient[0] = 1e-8 * np.linalg.norm(gradient)  # so small that epsilon matters
+    rates = [16**-0.5 * min(n**-0.5, n * 2**-1.5) for n in (1, 2, 3)]
+    update = jax.jit(optimizer.update)
+    params = {"a": jnp.zeros(4), "b": jnp.zeros(2)}
+    state = optimizer.init(params)
+    expected = reference_adam(gradients, rates, 1.5)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        g = jnp.float32(gradient)
+        updates, state = update({"a": g[:4], "b": g[4:]}, state, params)
+        assert_close(np.concatenate([updates["a"], updates["b"]]), wanted, 1e-5)
+
+
+def test_the_loss_is_the_smoothed_cross_entropy_of_real_tokens():
+    batch = copy_batch(0, rows=3)
+    real = batch["target_segment_ids"] != 0
+    assert not real.all()
+    params = initial_state().params
+
+    @jax.jit
+    def loss_and_logits(batch):
+        inputs = {k: v for k, v in batch.items() if k != "target"}
+        inputs["target"] = shift_right(batch["target"], BOS, batch["target_positions"])
+        logits = STILL.apply({"params": params}, **inputs)
+        return summed_loss(STILL, params, batch, BOS, 0.1), logits
+
+    (loss, tokens), logits = loss_and_logits(batch)
+    per_token = references.label_smoothed_cross_entropy(
+        np.float64(logits)[real], batch["target"][real], 0.1
+    )
+    assert tokens == real.sum()
+    assert float(loss) == pytest.approx(per_token.sum(), rel=1e-5)
+    other = batch | {"target": np.where(real, batch["target"], 9)}
+    assert loss_and_logits(other)[0][0] == loss
+
+
+def test_a_step_compiles_once_whatever_its_batch_holds():
+    train(fresh_state(), [copy_batch(seed) for seed in range(4)])
+    assert TRACED.traces == 1
+    assert step._cache_size() == 1
+
+
+def test_the_state_may_be_donated():
+    state = fresh_state()
+    after, _ = train(state, [copy_batch(0)])
+    assert state.params["embedding"].is_deleted()
+    assert int(after.step) == 1
+    train(after, [copy_batch(1)])
+
+
+def test_the_loss_falls():
+    state, losses = train(fresh_state(), [copy_batch(seed) for seed in range(150)])
+    assert losses[0] > math.log(10) - 0.3
+    assert losses[-10:].mean() < 0.6 * losses[0]
+    assert int(state.step) == 150
+
+
+def test_one_seed_gives_one_result_bit_for_bit():
+    batches = [copy_batch(seed) for seed in range(3)]
+    assert_same_bits(train(fresh_state(), batches), train(fresh_state(), batches))
+
+
+def test_training_goes_on_from_a_saved_state_bit_for_bit():
+    batches = [copy_batch(seed) for seed in range(4)]
+    whole, losses = train(fresh_state(), batches)
+    half, first = train(fresh_state(), batches[:2])
+    saved = jax.tree.map(np.asarray, half)  # all there is to keep: the dropout key hangs on step
+    rest, second = train(jax.tree.map(jnp.asarray, saved), batches[2:])
+    assert_same_bits(rest, whole)
+    assert_same_bits(np.concatenate([first, second]), losses)
+
+
+def test_dropout_changes_with_the_step():
+    batch = copy_batch(0)
+    other = fresh_state().replace(step=jnp.int32(1))
+    here, there = (train(state, [batch])[1] for state in (fresh_state(), other))
+    assert here != there
+    expected = jax.random.fold_in(initial_state().key, 1)
+    loss, tokens = jax.jit(summed_loss, static_argnums=(0, 3, 4))(
+        MODEL, initial_state().params, batch, BOS, 0.1, expected
+    )
+    assert there[0] == pytest.approx(float(loss / tokens), rel=1e-6)
+
+
+def clipped_update(accumulation, batch):
+    """The update of plain gradient descent of rate 1, after clipping to 0.01, and the metrics."""
+    optimizer = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
+    params = initial_state().params
+    state = initial_state().replace(opt_state=optimizer.init(params))
+    update = make_train_step(STILL, optimizer, bos=BOS, accumulation=accumulation)
+    after, metrics = jax.jit(update)(state, batch)
+    return jax.tree.map(jnp.subtract, after.params, params), metrics
+
+
+def test_micro_batches_equal_one_large_batch():
+    batch = copy_batch(5, rows=6)
+    # The first third of the rows keeps one short sequence each: unequal token counts.
+    for name in batch:
+        batch[name][:2] = np.where(batch["target_segment_ids"][:2] == 1, batch[name][:2], 0)
+    counts = (batch["target_segment_ids"].reshape(3, -1) != 0).sum(1)
+    assert counts.max() > 2 * counts.min()
+    (whole, metrics), (parts, part_metrics) = (clipped_update(k, batch) for k in (1, 3))
+    assert metrics["gradient_norm"] > 10 * 0.01
+    assert metrics["tokens"] == part_metrics["tokens"] == counts.sum()
+    for name in ("loss", "gradient_norm"):
+        assert float(part_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=0), parts, whole)
+    # The update is 0.01 long, so 1e-6 is little beside it.
+    assert float(global_norm(parts)) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_accumulation_that_does_not_divide_the_rows_is_refused():
+    update = make_train_step(STILL, OPTIMIZER, bos=BOS, accumulation=3)
+    batch = copy_batch(0, rows=4)
+    assert_refuses(
+        jax.eval_shape,
+        update,
+        initial_state(),
+        batch,
+        words=["3", "4"],
+        error=(ValueError, TypeError),
+    )
