@@ -1,7 +1,7 @@
 """The model's numbers: what the paper fixes, and every departure from it as a named option."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ class TransformerConfig:
     """Operands of the matrix products. bfloat16 still sums in f32 and keeps f32 parameters."""
 
     def __post_init__(self) -> None:
+        for name, annotation in get_type_hints(type(self)).items():
+            allowed = get_args(annotation) if get_origin(annotation) is Literal else None
+            if allowed and getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
         for name in ("vocab_size", "d_model", "d_ff", "num_heads", "num_encoder_layers",
                      "num_decoder_layers", "max_learned_positions"):  # fmt: skip
             if getattr(self, name) < 1:

@@ -62,9 +62,9 @@ def filter_logits(logits: Array, top_k: int | None = None, top_p: float | None =
             raise ValueError(f"top_k must be at least 1, not {top_k}")
         kth = lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
         logits = jnp.where(logits >= kth, logits, -jnp.inf)
-    if top_p is not None:
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+    if top_p is not None and top_p < 1:  # at 1 the sum's rounding would cut the tail
         descending = -jnp.sort(-logits, axis=-1)
         probabilities = nn.softmax(descending)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -122,7 +122,12 @@ def _reorder(x: Array, order: Array) -> Array:
 def start_decoding(
     model: Transformer, params: Any, source: Array, num_hypotheses: int, max_length: int
 ) -> tuple[Step, Cache]:
-    """Encodes source [B, S] once; returns the `step` and the empty cache that the loops take."""
+    """Encodes source [B, S] once; returns the `step` and the empty cache that the loops take.
+
+    Raises:
+      AssertionError: source is not [B, S].
+      ValueError: num_hypotheses or max_length below 1, or more positions than learned ones.
+    """
     variables = {"params": params}
     memory, cache = model.apply(variables, source, num_hypotheses, max_length, method="start")
 
@@ -211,11 +216,10 @@ def beam_search(
             tokens=_reorder(state.tokens, parent),
             ended=_reorder(state.ended, parent),
             lengths=_reorder(state.lengths, parent),
-            log_probs=_reorder(state.log_probs, parent),
+            log_probs=_reorder(totals.reshape(batch, -1), best),
         )
-        gained = _reorder(log_probs.reshape(batch, -1), best)
         cache = jax.tree.map(lambda x: _reorder(x, parent), cache)
-        return _append(inherited, choice, gained, eos, cache)
+        return _append(inherited, choice, jnp.zeros(()), eos, cache)
 
     state = _start(cache, max_length, bos, _log_probs_dtype(step, cache))
     # All hypotheses start equal, so all but the first are shut out of the first choice.

@@ -17,7 +17,7 @@ from tfm.embedding import embed, output_logits
 from tfm.layers import DecoderLayer, EncoderLayer, LayerCache, LayerNorm, site_key
 from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.positions import sinusoidal_positions
-from tfm.shapes import assert_fits
+from tfm.shapes import assert_broadcasts, assert_fits
 
 HeadMasks = dict[str, Array]
 """What each head's output is multiplied by: 'encoder', 'decoder', 'cross' -> [N, H]; optional."""
@@ -65,18 +65,38 @@ class Transformer(nn.Module):
     ) -> Array:
         """Dropout(E(id)·√d_model + PE(position)): [..., L] -> [..., L, D]."""
         c = self.config
+        if positions is not None:
+            assert_broadcasts(f"{side}_positions", positions, ids.shape)
         x = embed(ids, self.source_table if side == "source" else self.target_table)
         if c.positions == "sinusoidal":
             x += sinusoidal_positions(ids.shape[-1] if positions is None else positions, c.d_model)
         else:
-            if positions is None and ids.shape[-1] > c.max_learned_positions:
-                raise ValueError(
-                    f"{side} has {ids.shape[-1]} positions, more than "
-                    f"max_learned_positions={c.max_learned_positions}"
-                )
-            positions = jnp.arange(ids.shape[-1]) if positions is None else positions
+            if positions is None:
+                self._check_length(side, ids.shape[-1])
+                positions = jnp.arange(ids.shape[-1])
             x += self.learned[side].at[positions].get(mode="fill")
         return x if dropout_key is None else dropout(dropout_key, x, c.dropout_rate)
+
+    def _check_length(self, side: str, length: int) -> None:
+        """Raises ValueError where the learned positions are too few for `length`."""
+        c = self.config
+        if c.positions == "learned" and length > c.max_learned_positions:
+            raise ValueError(
+                f"{side} has {length} positions, more than "
+                f"max_learned_positions={c.max_learned_positions}"
+            )
+
+    def _head_masks(
+        self, head_masks: HeadMasks | None, kind: str, layers: int
+    ) -> Array | list[None]:
+        """The [N, H] masks of one kind of attention, or N times None."""
+        head_masks = head_masks or {}
+        if unknown := head_masks.keys() - {"encoder", "decoder", "cross"}:
+            raise ValueError(f"head_masks has {sorted(unknown)}, not encoder, decoder or cross")
+        if kind not in head_masks:
+            return [None] * layers
+        assert_fits(f"head_masks[{kind!r}]", head_masks[kind], (layers, self.config.num_heads))
+        return head_masks[kind]
 
     def _logits(self, y: Array) -> Array:
         c = self.config
@@ -95,9 +115,10 @@ class Transformer(nn.Module):
         """[..., S] ids -> [..., S, D] and the attention weights [N, ..., H, S, S]."""
         assert_fits("source", source, (..., None))
         segments = (source != 0) * 1 if source_segment_ids is None else source_segment_ids
+        assert_fits("source_segment_ids", segments, source.shape, source=source)
         mask = segment_mask(segments, segments)
         x = self._embed("source", source, source_positions, site_key(dropout_key, 0))
-        heads = (head_masks or {}).get("encoder", [None] * len(self.encoder))
+        heads = self._head_masks(head_masks, "encoder", len(self.encoder))
         weights = []
         for i, layer in enumerate(self.encoder):
             x, w = layer(x, mask, site_key(dropout_key, 1 + i), heads[i])
@@ -119,12 +140,13 @@ class Transformer(nn.Module):
         """Decoder inputs [..., T] -> logits [..., T, V], and the attention weights
         [N, ..., H, T, T] and [N, ..., H, T, S]."""
         assert_fits("target", target, (..., None))
+        assert_fits("target_segment_ids", target_segment_ids, target.shape, target=target)
         mask = segment_mask(target_segment_ids, target_segment_ids) & causal_mask(target.shape[-1])
         cross_mask = segment_mask(target_segment_ids, source_segment_ids)
         x = self._embed("target", target, target_positions, site_key(dropout_key, 0))
-        head_masks = head_masks or {}
-        nothing = [None] * len(self.decoder)
-        heads, cross_heads = (head_masks.get(n, nothing) for n in ("decoder", "cross"))
+        heads, cross_heads = (
+            self._head_masks(head_masks, kind, len(self.decoder)) for kind in ("decoder", "cross")
+        )
         weights, cross_weights = [], []
         for i, layer in enumerate(self.decoder):
             key = site_key(dropout_key, 1 + i)
@@ -161,6 +183,10 @@ class Transformer(nn.Module):
         Returns:
           logits [..., T, V]; with `return_weights` also {'encoder': [N, ..., H, S, S],
           'decoder': [N, ..., H, T, T], 'cross': [N, ..., H, T, S]}.
+
+        Raises:
+          AssertionError: shapes that do not fit; the message names the argument and both shapes.
+          ValueError: more positions than learned ones, or an unknown kind of head mask.
         """
         assert_fits("target", target, (*source.shape[:-1], None), source=source)
         if source_segment_ids is None:
@@ -188,6 +214,10 @@ class Transformer(nn.Module):
         (W = num_hypotheses, T = max_length).
         """
         c = self.config
+        assert_fits("source", source, (None, None))
+        if num_hypotheses < 1 or max_length < 1:
+            raise ValueError(f"{num_hypotheses=} and {max_length=} must be at least 1")
+        self._check_length("target", max_length)
         encoded, _ = self.encode(source)
         memory = tuple(layer.memory(encoded) for layer in self.decoder)
         mask = padding_mask(source)
@@ -217,4 +247,5 @@ def shift_right(labels: Array, bos: int, positions: Array | None = None) -> Arra
     """
     if positions is None:
         positions = jnp.arange(labels.shape[-1])
+    assert_broadcasts("positions", positions, labels.shape)
     return jnp.where(positions == 0, bos, jnp.roll(labels, 1, axis=-1))

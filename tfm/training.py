@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from tfm.clipping import global_norm
 from tfm.loss import label_smoothed_cross_entropy
 from tfm.model import Transformer, shift_right
 
@@ -30,7 +31,12 @@ def paper_schedule(d_model: int, warmup_steps: int = 4000, factor: float = 1.0) 
     """lrate = factor · d_model^−0.5 · min(step^−0.5, step · warmup_steps^−1.5) (§5.3, equation 3).
 
     The paper counts steps from 1, optax from 0: its step 0 is our step 1.
+
+    Raises:
+      ValueError: warmup_steps below 1.
     """
+    if warmup_steps < 1:
+        raise ValueError(f"warmup_steps={warmup_steps} must be at least 1")
 
     def schedule(count):
         step = count + 1
@@ -104,23 +110,28 @@ def make_train_step(
 
     Metrics: `loss` in nats a token with smoothing, `tokens` (target), `gradient_norm` before
     clipping.
+
+    Raises (the step, when traced):
+      ValueError: accumulation does not divide the batch's rows.
     """
     gradient = jax.value_and_grad(summed_loss, argnums=1, has_aux=True)
 
     def sum_gradients(params: chex.ArrayTree, batch: Batch, key: Array):
-        if accumulation == 1:
-            return gradient(model, params, batch, bos, smoothing, key)
+        def of(i: Array, micro: Batch):
+            return gradient(model, params, micro, bos, smoothing, jax.random.fold_in(key, i))
 
         def add(total, indexed):
-            i, micro = indexed
-            this = gradient(model, params, micro, bos, smoothing, jax.random.fold_in(key, i))
-            return jax.tree.map(jnp.add, total, this), None
+            return jax.tree.map(jnp.add, total, of(*indexed)), None
 
+        if accumulation == 1:
+            return gradient(model, params, batch, bos, smoothing, key)
+        rows = batch["source"].shape[0]
+        if rows % accumulation:
+            raise ValueError(f"accumulation={accumulation} does not divide the batch's {rows} rows")
         micro_batches = jax.tree.map(
-            lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch
+            lambda x: x.reshape(accumulation, rows // accumulation, *x.shape[1:]), batch
         )
-        one = jax.tree.map(lambda x: x[0], micro_batches)
-        shapes = jax.eval_shape(gradient, model, params, one, bos, smoothing, key)
+        shapes = jax.eval_shape(of, 0, jax.tree.map(lambda x: x[0], micro_batches))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(accumulation), micro_batches))[0]
 
@@ -134,7 +145,7 @@ def make_train_step(
         metrics = {
             "loss": loss / count,
             "tokens": tokens,
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": global_norm(grads),
         }
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
