@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.errors import UserError
 from experiments.vocabulary import PAD, Vocabulary
 
 Lexicon = dict[str, list[tuple[str, ...]]]
@@ -19,8 +20,8 @@ _TEST_BUCKETS = range(10)
 _VALID_BUCKETS = range(10, 12)
 
 
-class DataError(ValueError):
-    """What is wrong with the data, in one line that is ready to print."""
+class DataError(UserError):
+    """What is wrong with the data: file, line, word."""
 
 
 def _lexicon(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> Lexicon:

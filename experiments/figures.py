@@ -53,8 +53,8 @@ class Panel:
 PANELS = (
     Panel("Loss", "Nats a sound, logarithmic; lower is better.",
           {"loss": "training", "valid_loss": "validation"}, "{:.2f}", "{:g}", "log"),
-    Panel("Words wrong", "WER on the validation words.", {"valid_wer": ""}, "{:.1%}", "{:.0%}"),
-    Panel("Sounds wrong", "PER on the validation words.", {"valid_per": ""}, "{:.1%}", "{:.0%}"),
+    Panel("Words wrong", "Greedy WER, validation words.", {"valid_wer": ""}, "{:.1%}", "{:.0%}"),
+    Panel("Sounds wrong", "Greedy PER, validation words.", {"valid_per": ""}, "{:.1%}", "{:.0%}"),
     Panel("Learning rate", "The size of a step, as scheduled.", {"learning_rate": ""},
           "{:.2g}", "{:.2g}"),
     Panel("Gradient norm", "Before clipping; a spike is a hard batch.", {"gradient_norm": ""},

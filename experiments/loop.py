@@ -99,7 +99,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Meter:
@@ -184,7 +184,7 @@ def train(
     Raises:
       RunFolderError: the checkpoint belongs to other data.
     """
-    with Checkpoints(folder.checkpoints) as checkpoints, StopSignal() as stop:
+    with StopSignal() as stop, Checkpoints(folder.checkpoints) as checkpoints:
         state, seconds = _resume(checkpoints, state, batches, fingerprint)
         done, meter = int(state.step), Meter(seconds)
         with MetricsLog(folder, done + 1) as log, Display(schedule.steps, done) as display:
@@ -207,10 +207,12 @@ def train(
                 if stop.received or schedule.due(step, schedule.save_every):
                     checkpoints.save(step, state, _notes(batches, meter, fingerprint))
                 if stop.received:
-                    display.say(f"stopped and saved at step {step}; the same command goes on")
                     checkpoints.close()
-                    sys.exit(128 + stop.received)
-        return state, meter.seconds
+                    display.say(f"stopped and saved at step {step}; the same command goes on")
+                    break
+    if stop.received:
+        sys.exit(128 + stop.received)
+    return state, meter.seconds
 
 
 def validation_line(line: Metrics) -> str:

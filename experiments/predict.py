@@ -35,7 +35,8 @@ class PredictConfig:
 def _decode_line(pronouncer: Pronouncer, number: int, line: bytes) -> str | None:
     """The word of a line, or None with the reason on standard error."""
     try:
-        word = line.rstrip(b"\r\n").decode("utf-8").strip()
+        # utf-8-sig: a byte order mark before the first word is no letter of it.
+        word = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         pronouncer.encode(word)
         return word
     except UnicodeDecodeError:
@@ -45,14 +46,19 @@ def _decode_line(pronouncer: Pronouncer, number: int, line: bytes) -> str | None
     return None
 
 
-def predict(pronouncer: Pronouncer, lines: Iterable[bytes], config: PredictConfig) -> Iterator[str]:
+def predict(
+    pronouncer: Pronouncer,
+    lines: Iterable[bytes],
+    config: PredictConfig,
+    at_once: int = LINES_AT_ONCE,
+) -> Iterator[str]:
     """One line for each line of input (`nbest` lines where that is asked for).
 
     A line that cannot be pronounced gives empty ones, so that input and output stay in step.
     """
     n = config.nbest or 1
     numbered = enumerate(lines, start=1)
-    while chunk := list(itertools.islice(numbered, LINES_AT_ONCE)):
+    while chunk := list(itertools.islice(numbered, at_once)):
         words = [_decode_line(pronouncer, number, line) for number, line in chunk]
         good = [word for word in words if word is not None]
         found = iter(pronouncer.nbest(good, n, config.beam) if good else [])
@@ -68,9 +74,11 @@ def predict(pronouncer: Pronouncer, lines: Iterable[bytes], config: PredictConfi
 def run(config: PredictConfig) -> None:
     """Standard input to standard output."""
     pronouncer = load(config.run)
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: the input is UTF-8 too
+    at_once = 1 if sys.stdin.isatty() else LINES_AT_ONCE  # a person waits for each answer
     try:
-        for line in predict(pronouncer, sys.stdin.buffer, config):
-            print(line)
+        for line in predict(pronouncer, sys.stdin.buffer, config, at_once):
+            print(line, flush=at_once == 1)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has left (`| head`): not an error, and nothing more to say at exit either.

@@ -11,18 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import padded
+from experiments.errors import UserError
 from experiments.run_folder import RunFolder, RunFolderError
 from experiments.vocabulary import BOS, EOS, PAD, Vocabulary
 from tfm.checkpoint import Checkpoints
 from tfm.config import TransformerConfig
 from tfm.decoding import Decoded, beam_search, start_decoding
 from tfm.model import Transformer
+from tfm.training import init_params
 
 ROWS = 512  # words decoded together: one static shape, so one compilation
 
 
-class UnpronounceableError(ValueError):
-    """Why a word cannot be pronounced, in one line."""
+class UnpronounceableError(UserError):
+    """Why a word cannot be pronounced."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Pronouncer:
     def encode(self, word: str) -> list[int]:
         """The ids of a word's letters, case folded.
 
-        Raises UnpronounceableError: no letters, a letter that is in no training word, or too many.
+        Raises UnpronounceableError: no letters, a letter that the vocabulary lacks, or too many.
         """
         folded = word.lower()
         if not folded:
@@ -146,8 +148,9 @@ def load(run: str | Path) -> Pronouncer:
     step = folder.steps_done()
     if not step:
         raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        params = checkpoints.restore_params(step)
+    like = jax.eval_shape(lambda: init_params(model, jax.random.PRNGKey(0)))
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        params = checkpoints.restore_params(step, like)
     return Pronouncer(
         model=model,
         params=params,

@@ -144,7 +144,7 @@ def _tiles(results: dict[str, Any]) -> str:
         ("test_wer", "Test WER", "{:.1%}", f"{wer * words:,.0f} of {words:,} words wrong"),
         ("test_per", "Test PER", "{:.1%}", "sounds wrong, missing or extra"),
         ("valid_wer", "Validation WER", "{:.1%}", "on held-out words"),
-        ("test_words", "Test words", "{:,}", "each scored once, after training"),
+        ("test_words", "Test words", "{:,}", "scored after training"),
         ("parameters", "Parameters", "{:,}", "numbers learned"),
         ("train_seconds", "Training time", None, f"{rate:.1f} steps a second"),
         ("steps", "Steps", "{:,}", "updates of every parameter"),
@@ -170,8 +170,9 @@ def _learning(metrics: Sequence[dict[str, Any]]) -> _Section:
         "learning",
         "How it learned",
         "Each curve runs over the training steps and ends in its last value. The training loss "
-        "has label smoothing and dropout in it, so it mostly stays above the validation loss: "
-        "watch whether both still fall. If the validation error rises again, the model has begun "
+        "has label smoothing in it (and dropout, where that is on), so it mostly stays above the "
+        "validation loss: watch whether both still fall. If the validation error rises again, the "
+        "model has begun "
         "to learn its dictionary by heart.",
         figures and f'<div class="panels">{figures}</div>',
     )

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from experiments.errors import UserError
+
 EXPERIMENTS = {
     "pronounce": "Train a Transformer to pronounce words, and report on it (the default).",
     "predict": "Pronounce the words on standard input with a trained model, a line each.",
@@ -56,9 +58,11 @@ def main(arguments: list[str]) -> None:
     flags = arguments[1:] if arguments[:1] == [name] else arguments
     try:
         globals()[name](flags)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # outside the training loop, which saves first
+        sys.exit(130)
 
 
 if __name__ == "__main__":

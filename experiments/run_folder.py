@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from experiments.errors import UserError
 from tfm.checkpoint import Checkpoints
 
 
-class RunFolderError(ValueError):
-    """A run folder that cannot serve this run, in one line that is ready to print."""
+class RunFolderError(UserError):
+    """Why a run folder cannot serve this run."""
 
 
 def plain(value: Any) -> Any:
@@ -29,11 +31,16 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes beside `path`, then renames: a reader sees the old file or the new, never a half."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as JSON that a person can read, written as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 class RunFolder:
@@ -62,11 +69,10 @@ class RunFolder:
         except ValueError as error:
             raise RunFolderError(f"{file}: {error}") from None
 
-    def claim(self, config: dict[str, Any], may_differ: set[str]) -> None:
-        """Makes the folder and writes config.json, or checks that it holds the same config.
+    def check(self, config: dict[str, Any], may_differ: set[str]) -> None:
+        """Raises RunFolderError where the folder holds another config, old and new values named.
 
         Fields in `may_differ` do not change what is learned, and may change between resumptions.
-        Raises RunFolderError naming every other field that differs, old and new.
         """
         old = self.read("config.json")
         if old is not None:
@@ -81,6 +87,9 @@ class RunFolder:
                     f"{self.path} holds a run with another config ({'; '.join(differing)}): "
                     "name another folder with --run"
                 )
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Makes the folder and writes config.json; RunFolderError where it cannot."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "config.json", config)
@@ -91,14 +100,17 @@ class RunFolder:
         """The step of the newest checkpoint; 0 where there is none."""
         if not self.checkpoints.is_dir():
             return 0
-        with Checkpoints(self.checkpoints) as checkpoints:
+        with Checkpoints(self.checkpoints, read_only=True) as checkpoints:
             return checkpoints.latest() or 0
 
     def metrics(self) -> list[dict[str, Any]]:
         """The objects of metrics.jsonl so far; a last line cut short is dropped."""
         file = self.path / "metrics.jsonl"
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise RunFolderError(f"{file}: a line that is not JSON ({error})") from None
 
 
 class MetricsLog:
@@ -110,14 +122,10 @@ class MetricsLog:
 
     def __init__(self, folder: RunFolder, first_step: int) -> None:
         kept = [m for m in folder.metrics() if m["step"] < first_step]
-        self._file = (folder.path / "metrics.jsonl").open("w", encoding="utf-8")
-        for metrics in kept:
-            self._line(metrics)
+        file = folder.path / "metrics.jsonl"
+        write_text(file, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+        self._file = file.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_step)
-
-    def _line(self, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -127,8 +135,13 @@ class MetricsLog:
         self._events.close()
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """One line; every number but the step also becomes a TensorBoard scalar."""
-        self._line(metrics)
+        """One line; every number but the step also becomes a TensorBoard scalar.
+
+        A number that is not finite becomes null, since JSON has no other word for it.
+        """
+        metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
         for name, value in metrics.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._events.add_scalar(name, value, metrics["step"])

@@ -24,8 +24,13 @@ def clip_by_global_norm(tree: chex.ArrayTree, threshold: float) -> chex.ArrayTre
       threshold: θ > 0.
 
     Returns:
-      a tree of the same structure, shapes and dtypes.
+      a tree of the same structure, shapes and dtypes; all NaN where any element is.
+
+    Raises:
+      ValueError: a threshold that is a number but not positive.
     """
+    if isinstance(threshold, int | float) and not threshold > 0:
+        raise ValueError(f"threshold={threshold} must be positive")
     norm = global_norm(tree)
     # In this order a NaN norm makes every leaf NaN: half a broken gradient would pass unseen.
     factor = jnp.where(norm <= threshold, 1, threshold / jnp.where(norm == 0, 1, norm))

@@ -74,7 +74,7 @@ class Transformer(nn.Module):
             if positions is None:
                 self._check_length(side, ids.shape[-1])
                 positions = jnp.arange(ids.shape[-1])
-            x += self.learned[side].at[positions].get(mode="fill")
+            x += self.learned[side].at[positions].get(mode="fill", wrap_negative_indices=False)
         return x if dropout_key is None else dropout(dropout_key, x, c.dropout_rate)
 
     def _check_length(self, side: str, length: int) -> None:

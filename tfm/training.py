@@ -58,13 +58,18 @@ def make_optimizer(schedule: optax.Schedule, clip_threshold: float) -> optax.Gra
     )
 
 
+def init_params(model: Transformer, key: Array) -> chex.ArrayTree:
+    """Fresh parameters; none of their shapes depends on the data's."""
+    tokens = jnp.ones((1, 2), jnp.int32)
+    return model.init(key, tokens, tokens)["params"]
+
+
 def init_state(
     model: Transformer, optimizer: optax.GradientTransformation, key: Array
 ) -> TrainState:
     """Fresh parameters and moments; one half of `key` initialises, the other draws the dropout."""
     init_key, dropout_key = jax.random.split(key)
-    tokens = jnp.ones((1, 2), jnp.int32)  # no parameter's shape depends on the data's
-    params = model.init(init_key, tokens, tokens)["params"]
+    params = init_params(model, init_key)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), dropout_key)
 
 
@@ -106,7 +111,7 @@ def make_train_step(
 
     The batch's rows are cut into `accumulation` micro-batches, one after another in memory's sake.
     Their gradients are summed over tokens, divided by the batch's tokens and clipped once: the
-    update equals that of the whole batch.
+    update equals that of the whole batch (without dropout, which draws anew for each micro-batch).
 
     Metrics: `loss` in nats a token with smoothing, `tokens` (target), `gradient_norm` before
     clipping.

@@ -1,6 +1,7 @@
 """Learn to pronounce English words from CMUdict: letters in, sounds out."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +40,7 @@ class PronounceConfig:
     seed: int = 0
     """Seed of the initialisation, the dropout and the order of the data."""
     steps: int = 3000
-    """Updates in all; a larger number extends a finished run."""
+    """Updates in all; a larger number extends a finished run (its schedule is then stretched)."""
     save_every: int = 500
     """Steps between checkpoints; an interrupted run resumes from the newest."""
     log_every: int = 20
@@ -87,8 +88,21 @@ class PronounceConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.rows % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} does not divide rows={self.rows}")
-        if not self.clip > 0:
-            raise ValueError(f"clip={self.clip} must be positive")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha} must be at least 0 and finite")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing={self.smoothing} must be in [0, 1)")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
+        longest = max(self.source_length, self.target_length)
+        if self.model.positions == "learned" and self.model.max_learned_positions < longest:
+            raise ValueError(
+                f"model.max_learned_positions={self.model.max_learned_positions} is less than the "
+                f"packing lengths' {longest}"
+            )
         if self.train_file is None and (self.valid_file or self.test_file):
             raise ValueError("valid_file and test_file go with a train_file")
 
@@ -110,7 +124,7 @@ PRESETS = {
 }  # fmt: skip
 
 MAY_DIFFER = {"preset", "run", "steps", "save_every", "log_every", "evaluate_every"}
-"""Fields that change no update, or (steps) extend the run; the others are fixed by its folder."""
+"""Fields that may change from one sitting to the next: they change no update, or (steps) extend."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +136,10 @@ class Lexicons:
     test: Lexicon
     letters: Vocabulary
     phones: Vocabulary
+
+    def parts(self) -> dict[str, Lexicon]:
+        """The words by what they are for."""
+        return {"training": self.train, "validation": self.valid, "test": self.test}
 
 
 def load_lexicons(config: PronounceConfig) -> Lexicons:
@@ -263,42 +281,44 @@ def results_of(config: PronounceConfig, about: dict, valid: Score, test: Score) 
     }
 
 
-def check(config: PronounceConfig, lexicons: Lexicons) -> None:
-    """Raises DataError for a word that no packed row can hold."""
-    for lexicon in (lexicons.train, lexicons.valid, lexicons.test):
-        made = data.examples(lexicon, lexicons.letters, lexicons.phones)
-        data.check_lengths(made, config.source_length, config.target_length)
+def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str, Any]], str]:
+    """The training examples, and the fingerprint of all data.
+
+    Raises DataError for words that no packed row can hold.
+    """
+    vocabularies = (lexicons.letters, lexicons.phones)
+    made = {name: data.examples(part, *vocabularies) for name, part in lexicons.parts().items()}
+    for name, examples in made.items():
+        try:
+            data.check_lengths(examples, config.source_length, config.target_length)
+        except DataError as error:
+            raise DataError(f"{name} words: {error}") from None
+    return made["training"], data.fingerprint(sum(made.values(), []), *vocabularies)
 
 
 def run(config: PronounceConfig) -> None:
     """The whole job: data, training, evaluation, report."""
     lexicons = load_lexicons(config)
     config = resolve(config, lexicons)
-    check(config, lexicons)
+    examples, fingerprint = prepare(config, lexicons)
     folder = RunFolder(config.run)
     done = folder.read("results.json")
+    as_json = plain(config) | {"data_sha256": fingerprint}
+    folder.check(as_json, MAY_DIFFER)
     steps_done = folder.steps_done()
     if steps_done > config.steps:
         raise RunFolderError(f"{config.run} is at step {steps_done}, beyond --steps {config.steps}")
-    examples = data.examples(lexicons.train, lexicons.letters, lexicons.phones)
-    fingerprint = data.fingerprint(examples, lexicons.letters, lexicons.phones)
-    # Beside the config, so that other data is refused as another config is.
-    folder.claim({**plain(config), "data_sha256": fingerprint}, MAY_DIFFER)
+    folder.claim(as_json)
     if done and done["steps"] == config.steps:
         print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
         return
     vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
     write_json(folder.path / "vocabularies.json", vocabularies)
-    for name, size in (
-        ("training", lexicons.train),
-        ("validation", lexicons.valid),
-        ("test", lexicons.test),
-    ):
-        print(f"{len(size):,} {name} words", end="  ")
-    print(f"{config.model.parameter_count():,} parameters", flush=True)
+    sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]
+    print(*sizes, f"{config.model.parameter_count():,} parameters", sep=", ", flush=True)
     pronouncer, about = fit(config, lexicons, examples, fingerprint, folder)
     valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
     results = results_of(config, about, valid, test)
-    report(plain(config), lexicons, folder, pronouncer, results, test.hypotheses)
+    report(as_json, lexicons, folder, pronouncer, results, test.hypotheses)
     # Last, so that a folder with results is a folder with everything.
     write_json(folder.path / "results.json", results)

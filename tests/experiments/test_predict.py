@@ -16,7 +16,7 @@ from experiments.vocabulary import Vocabulary
 from tfm.checkpoint import Checkpoints
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
-from tfm.training import init_state, make_optimizer
+from tfm.training import TrainState, init_state, make_optimizer
 
 LETTERS, PHONES = Vocabulary(tuple("abcdé")), Vocabulary(("AA", "B", "K", "D"))
 MODEL = TransformerConfig(
@@ -149,7 +149,8 @@ def run(tmp_path, said):
 
 def test_a_saved_model_loads_and_says_the_same(run, said):
     with Checkpoints(run / "checkpoints") as checkpoints:
-        checkpoints.save(3, {"params": said.params}, {})
+        moments, key = {"count": jnp.int32(3)}, jax.random.PRNGKey(0)
+        checkpoints.save(3, TrainState(jnp.int32(3), said.params, moments, key), {})
     loaded = load(run)
     words = ["ab", "cab", "éd"]
     assert [p.phones for p in loaded(words)] == [p.phones for p in said(words)]

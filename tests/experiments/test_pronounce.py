@@ -16,9 +16,9 @@ from experiments.tasks.pronounce import (
     PRESETS,
     PronounceConfig,
     Score,
-    check,
     load_lexicons,
     make_learning_rate,
+    prepare,
     resolve,
     results_of,
     score,
@@ -79,7 +79,7 @@ def test_the_default_data_is_cmudict_and_fits_both_presets():
         110_197, 2_442, 12_246,
     ]  # fmt: skip
     for preset in PRESETS.values():
-        check(preset, lexicons)
+        prepare(preset, lexicons)
         # No vocabulary of the presets is a lie.
         assert resolve(preset, lexicons) == preset
 
@@ -125,9 +125,9 @@ def test_a_word_that_no_row_can_hold_is_counted_and_named(tmp_path, part):
     files = {name: write(tmp_path / name, *words[name]) for name in words}
     config = PronounceConfig(**files, source_length=6, target_length=10)
     with pytest.raises(DataError, match=r"2 of 3 .*'abababab' with 9 and 9"):
-        check(config, load_lexicons(config))
+        prepare(config, load_lexicons(config))
     fitting = dataclasses.replace(config, source_length=9, target_length=9)
-    check(fitting, load_lexicons(fitting))
+    prepare(fitting, load_lexicons(fitting))
 
 
 # ---- schedules and scores

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from experiments import loop
@@ -91,7 +92,8 @@ def last_state(path):
     with Checkpoints(path / "checkpoints") as checkpoints:
         step = checkpoints.latest()
         # What is saved, as it is: no structure is given that could hide a difference.
-        return step, checkpoints._manager.restore(step)["tree"]
+        items = {name: ocp.args.StandardRestore() for name in ("params", "rest")}
+        return step, dict(checkpoints._manager.restore(step, args=ocp.args.Composite(**items)))
 
 
 def content(path):
@@ -105,7 +107,8 @@ def content(path):
 
 def test_config_holds_every_field_as_resolved(finished):
     config = read(finished, "config.json")
-    assert config.keys() == {f.name for f in dataclasses.fields(pronounce.PronounceConfig)}
+    fields = {f.name for f in dataclasses.fields(pronounce.PronounceConfig)}
+    assert config.keys() == fields | {"data_sha256"} and len(config["data_sha256"]) == 64
     assert (config["steps"], config["seed"], config["run"]) == (STEPS, 0, str(finished))
     model = config["model"]
     assert (model["vocab_size"], model["source_vocab_size"], model["d_model"]) == (8, 8, 16)

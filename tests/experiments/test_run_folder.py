@@ -23,6 +23,11 @@ class Config:
 CONFIG = {"run": "runs/a", "rate": 0.5, "file": None, "model": {"size": 3}}
 
 
+def claim(folder, config, may_differ):
+    folder.check(config, may_differ)
+    folder.claim(config)
+
+
 @pytest.fixture
 def folder(tmp_path):
     return RunFolder(tmp_path / "deep" / "run")
@@ -44,16 +49,16 @@ def test_write_json_leaves_one_file_and_keeps_the_letters(tmp_path):
 
 def test_claim_makes_the_folder_and_takes_the_same_config_again(folder):
     assert folder.read("config.json") is None
-    folder.claim(CONFIG, set())
-    folder.claim(CONFIG, set())
+    claim(folder, CONFIG, set())
+    claim(folder, CONFIG, set())
     assert folder.read("config.json") == CONFIG
 
 
 def test_claim_names_every_differing_field_old_and_new_and_changes_nothing(folder):
-    folder.claim(CONFIG, {"run"})
+    claim(folder, CONFIG, {"run"})
     other = {"run": "b", "rate": 0.25, "model": {"size": 4}, "new": True}
     with pytest.raises(RunFolderError) as error:
-        folder.claim(other, {"run"})
+        claim(folder, other, {"run"})
     message = str(error.value)
     assert message.startswith(f"{folder.path} holds") and "\n" not in message
     for difference in ("rate: 0.5 -> 0.25", "model.size: 3 -> 4", "new: None -> True"):
@@ -63,8 +68,8 @@ def test_claim_names_every_differing_field_old_and_new_and_changes_nothing(folde
 
 
 def test_claim_lets_named_fields_differ_and_remembers_them(folder):
-    folder.claim(CONFIG, {"rate"})
-    folder.claim(CONFIG | {"rate": 0.75}, {"rate"})
+    claim(folder, CONFIG, {"rate"})
+    claim(folder, CONFIG | {"rate": 0.75}, {"rate"})
     assert folder.read("config.json")["rate"] == 0.75
 
 
@@ -72,18 +77,18 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(RunFolderError, match="file"):
-            RunFolder(path).claim(CONFIG, set())
+            claim(RunFolder(path), CONFIG, set())
 
 
 def test_a_file_that_is_not_json_is_named(folder):
-    folder.claim(CONFIG, set())
+    claim(folder, CONFIG, set())
     (folder.path / "config.json").write_text('{"half": ')
     with pytest.raises(RunFolderError, match=r"config\.json: "):
-        folder.claim(CONFIG, set())
+        claim(folder, CONFIG, set())
 
 
 def test_metrics_are_read_back_without_a_line_cut_short(folder):
-    folder.claim(CONFIG, set())
+    claim(folder, CONFIG, set())
     assert folder.metrics() == []
     lines = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": 1.5}]
     with MetricsLog(folder, 1) as log:
@@ -97,7 +102,7 @@ def test_metrics_are_read_back_without_a_line_cut_short(folder):
 
 
 def test_metrics_from_the_first_step_on_are_dropped(folder):
-    folder.claim(CONFIG, set())
+    claim(folder, CONFIG, set())
     with MetricsLog(folder, 1) as log:
         for step in (1, 5, 10, 15):
             log.write({"step": step, "loss": 1.0})
@@ -113,7 +118,7 @@ def test_metrics_from_the_first_step_on_are_dropped(folder):
 
 
 def test_tensorboard_events_hold_the_scalars(folder):
-    folder.claim(CONFIG, set())
+    claim(folder, CONFIG, set())
     with MetricsLog(folder, 1) as log:
         log.write({"step": 7, "loss": 2.0, "valid_wer": 0.25})
     (events,) = (folder.path / "tensorboard").glob("events.out.tfevents.*")

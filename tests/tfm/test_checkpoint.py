@@ -41,7 +41,7 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path):
         assert checkpoints.latest() == 3
         like = jax.eval_shape(lambda: some_state(0))
         restored, notes = checkpoints.restore(3, like)
-        params = checkpoints.restore_params(3)
+        params = checkpoints.restore_params(3, like.params)
     assert isinstance(restored, TrainState)
     assert_same(restored, some_state(3))
     assert_same(params, some_state(3).params)
