@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -29,6 +28,13 @@ _PAINT = {
     _GRID: "var(--line)",
     _LINES[0]: "var(--accent)",
     _LINES[1]: "var(--second)",
+}
+_LIGHT = {
+    "var(--ink)": "#1c1e21",
+    "var(--muted)": "#63686e",
+    "var(--line)": "#e3e5e8",
+    "var(--accent)": "#2a62c9",
+    "var(--second)": "#c2571a",
 }
 _LABEL_HEIGHT = 25  # points that the two lines of a label at a curve's end take
 _END = "</s>"  # drawn as a small square
@@ -72,6 +78,7 @@ def _inline(figure: Figure, name: str, description: str) -> str:
     svg = buffer.getvalue()
     _, body = svg[svg.index("<svg") :].split(">", 1)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = body.replace("xlink:href", "href")  # the prefix needs a declaration outside HTML
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to these
     body = re.sub(r" font-family: [^;]*;", "", body)  # the page has one
     for stand_in, variable in _PAINT.items():
@@ -121,7 +128,8 @@ def learning_curve(panel: Panel, metrics: Sequence[dict[str, Any]]) -> str:
     axes = figure.add_axes((0.13, 0.13, 0.66, 0.8))
     ends, told = [], []
     for (key, name), colour in zip(panel.lines.items(), _LINES, strict=False):
-        points = [(m["step"], m[key]) for m in metrics if math.isfinite(m.get(key, math.nan))]
+        # What was not finite was logged as null.
+        points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
         if not points:
             continue
         steps, values = zip(*points, strict=True)
@@ -137,6 +145,24 @@ def learning_curve(panel: Panel, metrics: Sequence[dict[str, Any]]) -> str:
     axes.set_xlim(0, max(m["step"] for m in metrics))
     _label_ends(axes, ends)
     return _inline(figure, panel.title, f"{panel.title}: {', '.join(told)}")
+
+
+def learning_curves_file(metrics: Sequence[dict[str, Any]]) -> str:
+    """Loss and word error rate side by side, as an SVG file that stands alone on white."""
+    width, height, top = 281, 158, 34  # of one panel, as `learning_curve` draws it
+    parts = [f'<rect width="{2 * width}" height="{height + top}" fill="white"/>']
+    for index, panel in enumerate(PANELS[:2]):
+        curve = learning_curve(panel, metrics)
+        for name, colour in _LIGHT.items():
+            curve = curve.replace(name, colour)
+        place = f'<svg x="{width * index}" y="{top}" width="{width}" height="{height}"'
+        parts.append(curve.replace("<svg", place, 1))
+        for y, size, text in ((14, 12, panel.title), (28, 9.5, panel.note)):
+            parts.append(f'<text x="{width * index + 8}" y="{y}" font-size="{size}">{text}</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width} {height + top}" '
+        f'font-family="sans-serif" fill="#1c1e21">{"".join(parts)}</svg>\n'
+    )
 
 
 def attention_map(letters: Sequence[str], sounds: Sequence[str], weights: np.ndarray) -> str:

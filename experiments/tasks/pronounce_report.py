@@ -9,6 +9,7 @@ from rich.table import Table
 
 from experiments import metrics
 from experiments.data import Lexicon
+from experiments.figures import learning_curves_file
 from experiments.pronouncer import Pronouncer, UnpronounceableError
 from experiments.report import AttentionMap, Example, write_report
 from experiments.run_folder import RunFolder
@@ -112,6 +113,8 @@ def report(
     by_word = dict(zip(test, hypotheses, strict=True))
     examples = make_examples(pronouncer, lexicons.train, test, by_word)
     counts = metrics.confusions(hypotheses, list(test.values())).most_common(NUM_CONFUSIONS)
+    curves = learning_curves_file(folder.metrics())
+    (folder.path / "learning_curve.svg").write_text(curves, encoding="utf-8")
     write_report(
         folder.report,
         title="Pronouncing with a Transformer",

@@ -1,10 +1,11 @@
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from experiments.figures import PANELS, attention_map, learning_curve
+from experiments.figures import PANELS, attention_map, learning_curve, learning_curves_file
 from experiments.report import AttentionMap, Example, write_report
 
 LAYERS, HEADS = 2, 3
@@ -219,11 +220,11 @@ def test_learning_curve_of_equal_values(value, steps):
 def test_learning_curve_of_a_run_that_diverged():
     lines = metrics()
     for line in lines[5:]:
-        line["loss"] = float("nan")
-        line["gradient_norm"] = float("inf")
+        line["loss"] = None  # as metrics.jsonl has what is not finite
+        line["gradient_norm"] = None
     assert "Loss: training from 4.00 to 1.04" in learning_curve(PANELS[0], lines)
-    only_nan = [{"step": 1, "loss": float("nan")}]
-    assert learning_curve(PANELS[0], only_nan) == ""
+    nothing_finite = [{"step": 1, "loss": None}]
+    assert learning_curve(PANELS[0], nothing_finite) == ""
 
 
 def test_sections_with_nothing_to_show_are_left_out(tmp_path):
@@ -263,3 +264,12 @@ def test_text_is_escaped(tmp_path):
 def test_unknown_group_is_an_error(tmp_path):
     with pytest.raises(KeyError, match="other"):
         report(tmp_path, examples=[Example("a", "other", "AH", [])])
+
+
+def test_the_curves_stand_alone_as_a_file():
+    picture = learning_curves_file(metrics())
+    root = ElementTree.fromstring(picture)  # well-formed: nothing of the page is missing
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "var(" not in picture
+    texts = {element.text for element in root.iter() if element.text}
+    assert {"Loss", "Words wrong"} <= texts
