@@ -1,6 +1,7 @@
 """The command line: `python -m experiments.run [EXPERIMENT] [flags]`."""
 
 import argparse
+import os
 import sys
 
 from experiments.errors import UserError
@@ -46,6 +47,18 @@ def predict(arguments: list[str]) -> None:
     run(tyro.cli(PredictConfig, args=arguments, prog="python -m experiments.run predict"))
 
 
+def use_huge_pages() -> None:
+    """On Linux, starts this process anew with glibc's malloc on huge pages.
+
+    XLA allocates the buffers of a step anew at each step. On pages of 4 kB the kernel hands out
+    tens of thousands of them every time, which takes a tenth to a sixth of the training on a CPU.
+    glibc reads the setting only where a process begins; other C libraries ignore it.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main(arguments: list[str]) -> None:
     """Runs one experiment; what a user can mend is told in one line, with exit code 2."""
     if arguments[:1] in (["--help"], ["-h"], ["help"]):
@@ -66,4 +79,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main(sys.argv[1:])

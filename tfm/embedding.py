@@ -6,7 +6,7 @@ from jax import Array, nn
 from jax.typing import DTypeLike
 
 from tfm.precision import linear, working_dtype
-from tfm.shapes import assert_fits
+from tfm.shapes import assert_fits, assert_ids
 
 
 @jax.custom_vjp
@@ -36,10 +36,15 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 def embed(ids: Array, table: Array) -> Array:
     """E(id) · √d_model (§3.4).
 
-    ids: [...] integers in [0, V), table: [V, D] -> [..., D] in f32, or f64 for
-    an f64 table; NaN for an id outside [0, V), since a compiled function cannot raise.
+    ids: [...] integers in [0, V), table: [V, D] -> [..., D] in f32, or f64 for an f64 table.
+    Inside jit, which cannot raise, an id outside [0, V) gives NaN.
+
+    Raises:
+      AssertionError: a table that is not [V, D].
+      ValueError: an id outside [0, V), named.
     """
     assert_fits("table", table, (None, None))
+    assert_ids("ids", ids, table.shape[0])
     table = jnp.asarray(table)
     table = table.astype(working_dtype(table))
     return _lookup(table, jnp.asarray(ids)) * table.shape[1] ** 0.5

@@ -17,7 +17,7 @@ from tfm.embedding import embed, output_logits
 from tfm.layers import DecoderLayer, EncoderLayer, LayerCache, LayerNorm, site_key
 from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.positions import sinusoidal_positions
-from tfm.shapes import assert_broadcasts, assert_fits
+from tfm.shapes import assert_broadcasts, assert_fits, assert_ids
 
 HeadMasks = dict[str, Array]
 """What each head's output is multiplied by: 'encoder', 'decoder', 'cross' -> [N, H]; optional."""
@@ -67,7 +67,9 @@ class Transformer(nn.Module):
         c = self.config
         if positions is not None:
             assert_broadcasts(f"{side}_positions", positions, ids.shape)
-        x = embed(ids, self.source_table if side == "source" else self.target_table)
+        table = self.source_table if side == "source" else self.target_table
+        assert_ids(side, ids, table.shape[0])
+        x = embed(ids, table)
         if c.positions == "sinusoidal":
             x += sinusoidal_positions(ids.shape[-1] if positions is None else positions, c.d_model)
         else:
@@ -186,7 +188,8 @@ class Transformer(nn.Module):
 
         Raises:
           AssertionError: shapes that do not fit; the message names the argument and both shapes.
-          ValueError: more positions than learned ones, or an unknown kind of head mask.
+          ValueError: more positions than learned ones, an id outside the vocabulary, or an unknown
+            kind of head mask.
         """
         assert_fits("target", target, (*source.shape[:-1], None), source=source)
         if source_segment_ids is None:

@@ -39,13 +39,13 @@ class PronounceConfig:
     """Folder of the run: config, metrics, checkpoints, results, report."""
     seed: int = 0
     """Seed of the initialisation, the dropout and the order of the data."""
-    steps: int = 3000
+    steps: int = 7500
     """Updates in all; a larger number extends a finished run (its schedule is then stretched)."""
-    save_every: int = 500
+    save_every: int = 1000
     """Steps between checkpoints; an interrupted run resumes from the newest."""
-    log_every: int = 20
+    log_every: int = 50
     """Steps between lines of metrics.jsonl."""
-    evaluate_every: int = 500
+    evaluate_every: int = 1250
     """Steps between evaluations on the validation words."""
     train_file: Path | None = None
     """Training lexicon, lines `word<TAB>PH PH …`. None: CMUdict and its test words."""
@@ -53,7 +53,7 @@ class PronounceConfig:
     """Validation lexicon. None: a part of the training words, whole word families."""
     test_file: Path | None = None
     """Test lexicon. None beside a train_file: the validation words are the test."""
-    rows: int = 50
+    rows: int = 25
     """Packed rows in a batch."""
     source_length: int = 40
     """Letters in a packed row, end symbols included."""
@@ -68,9 +68,9 @@ class PronounceConfig:
     """The Transformer. Its vocabulary sizes must be those of the data."""
     schedule: Literal["cosine", "paper"] = "cosine"
     """Learning rate: warm-up then half a cosine to 0, or the paper's inverse square root."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     """Peak of the cosine schedule; for the paper's, the factor before its formula."""
-    warmup_steps: int = 300
+    warmup_steps: int = 400
     """Steps of linear warm-up; the cosine schedule takes at most half of all steps."""
     clip: float = 1.0
     """Threshold θ of the global gradient norm."""
@@ -112,14 +112,14 @@ PRESETS = {
     "full": PronounceConfig(
         preset="full",
         run=Path("runs/pronounce-full"),
-        steps=9000,
-        evaluate_every=900,
+        steps=27_000,
+        evaluate_every=1500,
         model=TransformerConfig(
             vocab_size=42, source_vocab_size=30, d_model=256, d_ff=1024, num_heads=4,
-            num_encoder_layers=3, num_decoder_layers=3, dropout_rate=0.15,
+            num_encoder_layers=4, num_decoder_layers=2, dropout_rate=0.15,
         ),
-        learning_rate=1.2e-3,
-        warmup_steps=800,
+        learning_rate=1e-3,
+        warmup_steps=2000,
     ),
 }  # fmt: skip
 

@@ -69,8 +69,14 @@ def test_embed_under_jit_vmap_and_in_each_precision(rng):
 
 
 def test_an_id_outside_the_table_gives_nan_and_no_other_row():
-    embedded = embed(jnp.array([-1, 0, 5]), jnp.ones((5, 6)))
+    embedded = jax.jit(embed)(jnp.array([-1, 0, 5]), jnp.ones((5, 6)))
     assert np.isnan(embedded).all(-1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_an_id_outside_the_table_is_refused_where_it_can_be_seen(wrong):
+    words = ["ids", str(wrong), "[0, 5)"]
+    assert_refuses(embed, jnp.array([0, wrong, 4]), jnp.ones((5, 6)), words=words, error=ValueError)
 
 
 def test_embed_refuses_a_table_that_is_no_matrix():

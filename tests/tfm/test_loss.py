@@ -67,8 +67,12 @@ def test_large_logits_do_not_overflow():
     assert loss_of(logits, np.array([0, 1]), smoothing=0.0).tolist() == [0.0, 1e4]
 
 
-def test_a_label_outside_the_vocabulary_gives_nan():
+def test_a_label_outside_the_vocabulary_gives_nan_or_is_refused():
     assert np.isnan(loss_of(np.zeros(3), 3))
+    words = ["labels", "3", "[0, 3)"]
+    assert_refuses(
+        label_smoothed_cross_entropy, jnp.zeros(3), jnp.array(3), words=words, error=ValueError
+    )
 
 
 def test_loss_gradients(rng, x64):

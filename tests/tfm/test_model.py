@@ -310,6 +310,12 @@ def test_batches_that_do_not_fit_are_refused_with_both_shapes():
     assert_refuses(derive, SOURCE, jnp.ones((3, 4), jnp.int32), words=words)
 
 
+def test_an_id_outside_the_vocabulary_is_refused_before_anything_compiles():
+    source, shapes = SOURCE.at[0, 0].set(99), {"params": random_parameters(PAPER)}
+    words = ["source", "99", f"[0, {PAPER.vocab_size})"]
+    assert_refuses(Transformer(PAPER).apply, shapes, source, TARGET, words=words, error=ValueError)
+
+
 def test_labels_are_shifted_right_within_each_packed_sequence():
     labels = jnp.array([[5, 6, 2, 7, 2, 0, 0], [8, 2, 9, 9, 9, 9, 2]])
     positions = jnp.array([[0, 1, 2, 0, 1, 0, 0], [0, 1, 0, 1, 2, 3, 4]])
