@@ -1,6 +1,7 @@
 """The training loop: step, evaluate, log, checkpoint, stop. The only place with a clock."""
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -12,11 +13,16 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments.errors import UserError
 from experiments.run_folder import MetricsLog, RunFolder, RunFolderError
 from tfm.checkpoint import Checkpoints
 from tfm.training import TrainState
 
 Metrics = dict[str, float]
+
+
+class DivergedError(UserError):
+    """The training has left the numbers."""
 
 
 class Batches(Iterator, Protocol):
@@ -74,7 +80,7 @@ class Display:
             TextColumn("training"), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"), TextColumn("time left"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=self._console, disable=not self._console.is_terminal,
+            console=self._console, disable=not self._console.is_terminal, speed_estimate_period=120,
         )  # fmt: skip
         self._task = self._progress.add_task("", total=steps, completed=done, status="compiling …")
         self._steps, self._first, self._started, self._printed = steps, done, time.monotonic(), 0.0
@@ -86,9 +92,13 @@ class Display:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
+    def advance(self, step: int) -> None:
+        """Moves the bar; costs microseconds, so it may be called at every step."""
+        self._progress.update(self._task, completed=step)
+
     def update(self, step: int, status: str) -> None:
-        """Shows where the training is; `status` is one line of figures."""
-        self._progress.update(self._task, completed=step, status=status)
+        """Shows how the training goes; `status` is one line of figures."""
+        self._progress.update(self._task, status=status)
         now = time.monotonic()
         if not self._progress.disable:
             return
@@ -163,6 +173,20 @@ def _resume(
     return state, notes["seconds"]
 
 
+def _check_finite(step: int, metrics: dict, saved: int | None) -> None:
+    """Raises DivergedError where a step's loss or gradient is no number.
+
+    Asked before a step is logged or saved: a broken state must not push out a sound one.
+    """
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(value := float(metrics[name])):
+            kept = f"the checkpoint of step {saved} is kept" if saved else "nothing was saved yet"
+            raise DivergedError(
+                f"step {step}: {name} is {value}; {kept}. Begin another run folder with a lower "
+                "--learning-rate or more --warmup-steps"
+            )
+
+
 def train(
     train_step: Callable[[TrainState, dict], tuple[TrainState, dict]],
     state: TrainState,
@@ -183,6 +207,7 @@ def train(
 
     Raises:
       RunFolderError: the checkpoint belongs to other data.
+      DivergedError: a loss or gradient that is not finite.
     """
     with StopSignal() as stop, Checkpoints(folder.checkpoints) as checkpoints:
         state, seconds = _resume(checkpoints, state, batches, fingerprint)
@@ -194,8 +219,10 @@ def train(
                 batch = next(batches)
                 state, metrics = train_step(state, batch)
                 meter.add(batch, metrics)
+                display.advance(step)
                 evaluating = schedule.due(step, schedule.evaluate_every)
                 if evaluating or step == 1 or schedule.due(step, schedule.log_every):
+                    _check_finite(step, metrics, checkpoints.latest())
                     line, status = meter.read()
                     line |= {"step": step, "learning_rate": float(learning_rate(step - 1))}
                     display.update(step, status)
@@ -204,9 +231,11 @@ def train(
                         display.say(validation_line(line))
                         meter.restart()  # evaluating is not training's speed
                     log.write(line)
-                if stop.received or schedule.due(step, schedule.save_every):
+                stopping = stop.received  # read once: a signal between save and exit can wait
+                if stopping or schedule.due(step, schedule.save_every):
+                    _check_finite(step, metrics, checkpoints.latest())
                     checkpoints.save(step, state, _notes(batches, meter, fingerprint))
-                if stop.received:
+                if stopping:
                     checkpoints.close()
                     display.say(f"stopped and saved at step {step}; the same command goes on")
                     break

@@ -50,7 +50,7 @@ def edit_operations(
     return pairs[::-1]
 
 
-def _closest(
+def closest_reference(
     hypothesis: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[int, Sequence[str]]:
     """(distance, reference) of the closest reference, the first of equally close ones."""
@@ -86,7 +86,7 @@ def phone_error_rate(
 ) -> float:
     """Σ distance to the closest reference / Σ length of that reference (a fraction)."""
     _check_pairs(hypotheses, references)
-    closest = [_closest(h, r) for h, r in zip(hypotheses, references, strict=True)]
+    closest = [closest_reference(h, r) for h, r in zip(hypotheses, references, strict=True)]
     return sum(d for d, _ in closest) / sum(len(reference) for _, reference in closest)
 
 
@@ -97,7 +97,7 @@ def confusions(
     _check_pairs(hypotheses, references)
     counts: Counter[tuple[str, str]] = Counter()
     for hypothesis, alternatives in zip(hypotheses, references, strict=True):
-        _, reference = _closest(hypothesis, alternatives)
+        _, reference = closest_reference(hypothesis, alternatives)
         for expected, got in edit_operations(hypothesis, reference):
             if expected != got:
                 counts[GAP if expected is None else expected, GAP if got is None else got] += 1

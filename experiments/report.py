@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.figures import PANELS, attention_map, learning_curve
-from experiments.metrics import GAP, edit_distance, edit_operations
+from experiments.metrics import GAP, closest_reference, edit_operations
 
 _STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
@@ -182,7 +182,7 @@ def _marked(hypothesis: str, references: Sequence[str]) -> str:
     """The hypothesis, with the sounds marked that differ from the closest reference."""
     sounds = hypothesis.split()
     alternatives = [reference.split() for reference in references] or [sounds]
-    closest = min(alternatives, key=lambda reference: edit_distance(sounds, reference))
+    _, closest = closest_reference(sounds, alternatives)
     parts = []
     for expected, got in edit_operations(sounds, closest):
         if expected == got:

@@ -96,6 +96,16 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{self.path}: {error.strerror}") from None
 
+    def set_aside(self, steps: int) -> None:
+        """Renames what a finished run of `steps` left (`results-7500.json`): it is to be extended.
+
+        The results first, so that a folder cut short in between counts as unfinished.
+        """
+        for name in ("results.json", "report.html", "learning_curve.svg"):
+            file = self.path / name
+            if file.exists():
+                file.replace(file.with_stem(f"{file.stem}-{steps}"))
+
     def steps_done(self) -> int:
         """The step of the newest checkpoint; 0 where there is none."""
         if not self.checkpoints.is_dir():

@@ -32,17 +32,44 @@ def test_parameter_counts_are_those_of_the_presets():
         assert re.search(rf"`tfm\.{name}` \| {count} \|", README), (name, count)
 
 
-def test_every_flag_of_the_readme_is_a_flag():
+def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     import dataclasses
 
     from experiments.predict import PredictConfig
     from experiments.tasks.pronounce import PronounceConfig
 
-    fields = {
-        field.name.replace("_", "-")
-        for config in (PronounceConfig, PredictConfig)
-        for field in dataclasses.fields(config)
-    }
-    for line in re.findall(r"python -m experiments\.run(.*)", README):
+    lines = re.findall(r"python -m experiments\.run(.*)", README)
+    assert len(lines) > 4
+    for line in lines:
+        config = PredictConfig if line.startswith(" predict") else PronounceConfig
+        fields = {field.name.replace("_", "-") for field in dataclasses.fields(config)}
         for flag in re.findall(r"(?<= )--([a-z-]+)", line):
             assert flag in fields | {"help"}, f"--{flag}"
+
+
+def test_the_lines_that_load_a_model_run(tmp_path, monkeypatch, capsys):
+    import jax
+
+    from experiments.run_folder import plain, write_json
+    from experiments.tasks.pronounce import PronounceConfig
+    from tfm import Transformer, TransformerConfig, init_state, make_optimizer
+    from tfm.checkpoint import Checkpoints
+
+    (block,) = set(BLOCKS) - set(FUNCTIONS)
+    run = tmp_path / "runs" / "pronounce"
+    run.mkdir(parents=True)
+    letters, phones = list("abcdefghijklmnopqrstuvwxyz"), ["AH", "N"]
+    model = TransformerConfig(
+        vocab_size=5, source_vocab_size=29, d_model=8, d_ff=8, num_heads=2, num_encoder_layers=1,
+        num_decoder_layers=1,
+    )  # fmt: skip
+    write_json(run / "config.json", plain(PronounceConfig(model=model)))
+    write_json(run / "vocabularies.json", {"letters": letters, "phones": phones})
+    optimizer = make_optimizer(lambda _: 0.1, 1.0)
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        state = init_state(Transformer(model), optimizer, jax.random.PRNGKey(0))
+        checkpoints.save(1, state, {})
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and set(" ".join(said).split()) <= set(phones)

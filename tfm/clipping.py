@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tfm.precision import working_dtype
+
 
 def global_norm(tree: chex.ArrayTree) -> Array:
-    """‖g‖ = √(Σ over all leaves and elements of g²)."""
-    total = sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(tree))
+    """‖g‖ = √(Σ over all leaves and elements of g²), in f32 or the widest type of the leaves."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    total = sum(jnp.square(leaf.astype(working_dtype(leaf))).sum() for leaf in leaves)
     # √ has no derivative at 0; the inner where keeps it from being asked for one.
     return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
 

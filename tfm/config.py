@@ -1,5 +1,6 @@
 """The model's numbers: what the paper fixes, and every departure from it as a named option."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -62,6 +63,10 @@ class TransformerConfig:
         for name in ("dropout_rate", "attention_dropout_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        if not 0 < self.layer_norm_epsilon < math.inf:
+            raise ValueError(
+                f"layer_norm_epsilon={self.layer_norm_epsilon} must be positive and finite"
+            )
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}")
         if self.positions == "sinusoidal" and self.d_model % 2:

@@ -3,7 +3,8 @@
 All three take `step(tokens [B, W], index, cache) -> (logits [B, W, V], cache)`: the model's logits
 of the next token for W hypotheses of each of B sources. Every leaf of the cache is [B, W, ...]. All
 run inside jit, and stop early when every hypothesis has ended. `max_length` counts the end symbol;
-a hypothesis that has not ended by then is returned as it is. After the end symbol come zeros.
+a hypothesis that has not ended by then is returned as it is. After the end symbol come zeros. A bos
+outside the vocabulary is a ValueError; an eos outside it is a symbol that never comes.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from jax import Array, lax, nn
 
 from tfm.model import Transformer
 from tfm.precision import working_dtype
+from tfm.shapes import assert_ids
 
 Cache = Any
 Step = Callable[[Array, Array, Cache], tuple[Array, Cache]]
@@ -73,24 +75,21 @@ def filter_logits(logits: Array, top_k: int | None = None, top_p: float | None =
     return logits
 
 
-def _start(cache: Cache, max_length: int, bos: int, dtype: jnp.dtype) -> _Search:
+def _start(step: Step, cache: Cache, bos: int, max_length: int) -> _Search:
+    """Empty hypotheses; ValueError for a bos that is no symbol of the vocabulary."""
     batch, width = jax.tree.leaves(cache)[0].shape[:2]
+    index, last = jnp.zeros((), jnp.int32), jnp.full((batch, width), bos, jnp.int32)
+    logits, _ = jax.eval_shape(step, last, index, cache)
+    assert_ids("bos", bos, logits.shape[-1])
     return _Search(
-        index=jnp.zeros((), jnp.int32),
+        index=index,
         tokens=jnp.zeros((batch, width, max_length), jnp.int32),
-        last=jnp.full((batch, width), bos, jnp.int32),
+        last=last,
         ended=jnp.zeros((batch, width), bool),
         lengths=jnp.zeros((batch, width), jnp.int32),
-        log_probs=jnp.zeros((batch, width), dtype),
+        log_probs=jnp.zeros((batch, width), working_dtype(logits)),
         cache=cache,
     )
-
-
-def _log_probs_dtype(step: Step, cache: Cache) -> jnp.dtype:
-    batch, width = jax.tree.leaves(cache)[0].shape[:2]
-    tokens, index = jnp.zeros((batch, width), jnp.int32), jnp.zeros((), jnp.int32)
-    logits, _ = jax.eval_shape(step, tokens, index, cache)
-    return working_dtype(logits)
 
 
 def _run(advance: Callable[[_Search], _Search], state: _Search, max_length: int) -> _Search:
@@ -123,6 +122,8 @@ def start_decoding(
     model: Transformer, params: Any, source: Array, num_hypotheses: int, max_length: int
 ) -> tuple[Step, Cache]:
     """Encodes source [B, S] once; returns the `step` and the empty cache that the loops take.
+
+    `max_length` is the room in the cache; a loop that goes on beyond it gets NaN for logits.
 
     Raises:
       AssertionError: source is not [B, S].
@@ -168,7 +169,7 @@ def sample(
         chosen = jnp.take_along_axis(log_probs, choice[..., None], axis=-1)[..., 0]
         return _append(state, choice.astype(jnp.int32), chosen, eos, cache)
 
-    state = _start(cache, max_length, bos, _log_probs_dtype(step, cache))
+    state = _start(step, cache, bos, max_length)
     state = _run(advance, state, max_length)
     return Decoded(state.tokens, state.lengths, state.log_probs, state.log_probs)
 
@@ -183,7 +184,7 @@ def greedy(step: Step, cache: Cache, *, bos: int, eos: int, max_length: int) -> 
         best, choice = lax.top_k(log_probs, 1)
         return _append(state, choice[..., 0], best[..., 0], eos, cache)
 
-    state = _start(cache, max_length, bos, _log_probs_dtype(step, cache))
+    state = _start(step, cache, bos, max_length)
     state = _run(advance, state, max_length)
     return Decoded(state.tokens, state.lengths, state.log_probs, state.log_probs)
 
@@ -221,7 +222,7 @@ def beam_search(
         cache = jax.tree.map(lambda x: _reorder(x, parent), cache)
         return _append(inherited, choice, jnp.zeros(()), eos, cache)
 
-    state = _start(cache, max_length, bos, _log_probs_dtype(step, cache))
+    state = _start(step, cache, bos, max_length)
     # All hypotheses start equal, so all but the first are shut out of the first choice.
     width = state.last.shape[1]
     state = (

@@ -37,7 +37,8 @@ def embed(ids: Array, table: Array) -> Array:
     """E(id) · √d_model (§3.4).
 
     ids: [...] integers in [0, V), table: [V, D] -> [..., D] in f32, or f64 for an f64 table.
-    Inside jit, which cannot raise, an id outside [0, V) gives NaN.
+    Inside jit, which cannot raise, an id outside [0, V) gives NaN. Its derivative by the table is
+    there in reverse mode alone, which is the faster for it (see `_lookup_backward`).
 
     Raises:
       AssertionError: a table that is not [V, D].

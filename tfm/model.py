@@ -23,6 +23,11 @@ HeadMasks = dict[str, Array]
 """What each head's output is multiplied by: 'encoder', 'decoder', 'cross' -> [N, H]; optional."""
 
 
+def _one_sequence(tokens: Array) -> Array:
+    """The segment ids of rows that hold one sequence each: 1, and 0 where the token is padding."""
+    return (tokens != 0).astype(jnp.int32)
+
+
 class Memory(NamedTuple):
     """What decoding needs of the source: each decoder layer's cross-attention keys and values."""
 
@@ -116,7 +121,7 @@ class Transformer(nn.Module):
     ) -> tuple[Array, Array]:
         """[..., S] ids -> [..., S, D] and the attention weights [N, ..., H, S, S]."""
         assert_fits("source", source, (..., None))
-        segments = (source != 0) * 1 if source_segment_ids is None else source_segment_ids
+        segments = _one_sequence(source) if source_segment_ids is None else source_segment_ids
         assert_fits("source_segment_ids", segments, source.shape, source=source)
         mask = segment_mask(segments, segments)
         x = self._embed("source", source, source_positions, site_key(dropout_key, 0))
@@ -193,9 +198,9 @@ class Transformer(nn.Module):
         """
         assert_fits("target", target, (*source.shape[:-1], None), source=source)
         if source_segment_ids is None:
-            source_segment_ids = (source != 0) * 1
+            source_segment_ids = _one_sequence(source)
         if target_segment_ids is None:
-            target_segment_ids = (target != 0) * 1
+            target_segment_ids = _one_sequence(target)
         encoded, encoder_weights = self.encode(
             source, source_segment_ids, source_positions,
             dropout_key=site_key(dropout_key, 0), head_masks=head_masks,
@@ -240,7 +245,9 @@ class Transformer(nn.Module):
             x, written = layer.step(x, index, layer_cache, layer_memory, memory.mask)
             new.append(written)
         x = self.decoder_norm(x) if self.config.norm_placement == "pre" else x
-        return self._logits(x), tuple(new)
+        # Beyond the cache there is no room: NaN, since its last position has been overwritten.
+        fits = index < cache[0].key.shape[-2]
+        return jnp.where(fits, self._logits(x), jnp.nan), tuple(new)
 
 
 def shift_right(labels: Array, bos: int, positions: Array | None = None) -> Array:

@@ -12,6 +12,7 @@ from jax import Array
 from tfm.clipping import global_norm
 from tfm.loss import label_smoothed_cross_entropy
 from tfm.model import Transformer, shift_right
+from tfm.shapes import assert_ids
 
 Batch = dict[str, Array]
 """int32 arrays [R, L]: source, target (labels), and their _segment_ids and _positions."""
@@ -116,9 +117,11 @@ def make_train_step(
     Metrics: `loss` in nats a token with smoothing, `tokens` (target), `gradient_norm` before
     clipping.
 
-    Raises (the step, when traced):
-      ValueError: accumulation does not divide the batch's rows.
+    Raises:
+      ValueError: bos is outside the vocabulary; from the step, when traced: accumulation does not
+        divide the batch's rows.
     """
+    assert_ids("bos", bos, model.config.vocab_size)
     gradient = jax.value_and_grad(summed_loss, argnums=1, has_aux=True)
 
     def sum_gradients(params: chex.ArrayTree, batch: Batch, key: Array):

@@ -67,9 +67,10 @@ class PronounceConfig:
     )  # fmt: skip
     """The Transformer. Its vocabulary sizes must be those of the data."""
     schedule: Literal["cosine", "paper"] = "cosine"
-    """Learning rate: warm-up then half a cosine to 0, or the paper's inverse square root."""
+    """Learning rate after the warm-up: half a cosine to 0, or the paper's inverse square root."""
     learning_rate: float = 1.5e-3
-    """Peak of the cosine schedule; for the paper's, the factor before its formula."""
+    """Peak of the learning rate, at the end of the warm-up (the paper's own is
+    1 / √(d_model · warmup_steps))."""
     warmup_steps: int = 400
     """Steps of linear warm-up; the cosine schedule takes at most half of all steps."""
     clip: float = 1.0
@@ -177,9 +178,11 @@ def resolve(config: PronounceConfig, lexicons: Lexicons) -> PronounceConfig:
 
 
 def make_learning_rate(config: PronounceConfig) -> Callable:
-    """The schedule that the config names."""
+    """The schedule that the config names, with its peak at `learning_rate`."""
     if config.schedule == "paper":
-        return paper_schedule(config.model.d_model, config.warmup_steps, config.learning_rate)
+        d_model, warmup = config.model.d_model, config.warmup_steps
+        papers_peak = (d_model * warmup) ** -0.5
+        return paper_schedule(d_model, warmup, config.learning_rate / papers_peak)
     warmup = min(config.warmup_steps, config.steps // 2)
     return cosine_schedule(config.learning_rate, warmup, config.steps)
 
@@ -312,6 +315,8 @@ def run(config: PronounceConfig) -> None:
     if done and done["steps"] == config.steps:
         print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
         return
+    if done:
+        folder.set_aside(done["steps"])
     vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
     write_json(folder.path / "vocabularies.json", vocabularies)
     sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]

@@ -1,6 +1,7 @@
 """The loop around a toy step: no model to compile, but real batches, checkpoints and signals."""
 
 import os
+import re
 import signal
 import types
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import loop
-from experiments.loop import Schedule, StopSignal, train
+from experiments.loop import DivergedError, Schedule, StopSignal, train
 from experiments.packing import packed_batches
 from experiments.run_folder import RunFolder, RunFolderError
 from tfm.checkpoint import Checkpoints
@@ -200,6 +201,57 @@ def test_the_seconds_of_all_sittings_add_up(tmp_path, monkeypatch):
     clock.now += 1000.0  # the machine was off
     _, seconds = run(tmp_path, Step({1: tick}))
     assert seconds == pytest.approx(30.0, abs=1.0)
+
+
+def test_rates_are_counts_over_seconds(tmp_path, monkeypatch, capsys):
+    clock = types.SimpleNamespace(now=0.0)
+
+    def tick():
+        clock.now += 10.0
+
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    run(tmp_path, Step(dict.fromkeys(range(1, STEPS + 1), tick)), log_every=4, evaluate_every=12)
+    batches = packed_batches(EXAMPLES, rows=4, source_length=5, target_length=7, seed=0)
+    # A word is one segment of a row: as many as the row has distinct ids, but for padding's.
+    words = [
+        sum(len(set(row) - {0}) for row in next(batches)["target_segment_ids"].tolist())
+        for _ in range(STEPS)
+    ]
+    for line in RunFolder(tmp_path).metrics()[1:]:
+        counted = words[max(line["step"] - 4, 1) : line["step"]]
+        assert line["words_per_second"] == pytest.approx(sum(counted) / (10 * len(counted)))
+        assert line["tokens_per_second"] == pytest.approx(0.9)  # 9 a step of 10 seconds
+        assert line["seconds"] == pytest.approx(10 * line["step"])
+    shown = capsys.readouterr().err
+    # Step 4 came after 40 seconds, so 8 more take 80.
+    assert re.search(r"step 4/12  loss -?[\d.]+  [\d,]+ words/s  time left 80 s\n", shown)
+    assert re.search(r"step 12/12  .*time left 0 s\n", shown)
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+@pytest.mark.parametrize(("broken", "told"), [(6, 8), (8, 8), (9, 10)])
+def test_a_number_that_is_none_ends_the_run_and_keeps_the_sound_checkpoint(
+    tmp_path, name, broken, told
+):
+    def step(state, batch):
+        state, metrics = toy_step(state, batch)
+        bad = int(state.step) >= broken
+        return state, metrics | ({name: jnp.float32(np.nan)} if bad else {})
+
+    why = rf"step {told}: {name} is nan; the checkpoint of step {4 if told == 8 else 8} is kept"
+    with pytest.raises(DivergedError, match=why):
+        run(tmp_path, step, save_every=4)
+    assert saved(tmp_path)[0] == (4 if told == 8 else 8)
+    assert {s: signal.getsignal(s) for s in HANDLERS} == HANDLERS
+
+
+def test_a_first_step_that_is_no_number_is_told_at_once(tmp_path):
+    def step(state, batch):
+        state, metrics = toy_step(state, batch)
+        return state, metrics | {"loss": jnp.float32(np.inf)}
+
+    with pytest.raises(DivergedError, match="step 1: loss is inf; nothing was saved yet"):
+        run(tmp_path, step)
 
 
 def files(path):

@@ -5,6 +5,7 @@ import io
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import pronouncer
@@ -12,7 +13,7 @@ from experiments.predict import PredictConfig, predict
 from experiments.pronouncer import Pronouncer, UnpronounceableError, load
 from experiments.run_folder import RunFolderError, plain, write_json
 from experiments.tasks.pronounce import PronounceConfig
-from experiments.vocabulary import Vocabulary
+from experiments.vocabulary import BOS, Vocabulary
 from tfm.checkpoint import Checkpoints
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
@@ -43,8 +44,8 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(pronouncer, "ROWS", 4)
 
 
-def lines_of(said, data: bytes, **flags):
-    return list(predict(said, io.BytesIO(data), PredictConfig(**flags)))
+def lines_of(said, data: bytes, at_once=4096, **flags):
+    return list(predict(said, io.BytesIO(data), PredictConfig(**flags), at_once))
 
 
 def test_one_line_for_each_line_and_the_reason_for_an_empty_one(said, capsys):
@@ -75,14 +76,24 @@ def test_order_does_not_depend_on_lengths_or_batches(said):
     assert lines_of(said, "\n".join(words).encode()) == together
 
 
-def test_words_beyond_one_chunk_stay_in_step(said, monkeypatch):
-    from experiments import predict as module
-
-    monkeypatch.setattr(module, "LINES_AT_ONCE", 3)
+def test_words_beyond_one_chunk_stay_in_step(said, capsys):
     data = b"ab\n\nb\nc\n?\nd\nda"
-    assert [bool(line) for line in lines_of(said, data)] == [
-        bool(word and word != "?" and str(said([word])[0])) for word in data.decode().split("\n")
+    lines = lines_of(said, data, at_once=3)
+    assert capsys.readouterr().err.splitlines() == [
+        "line 2: empty line",
+        "line 5: '?': unknown character '?'",
     ]
+    assert lines == ["" if w in ("", "?") else str(said([w])[0]) for w in data.decode().split("\n")]
+
+
+def test_the_length_penalty_is_that_of_the_run(said):
+    for word in ("ab", "d", "cab"):
+        plain, penalised = (
+            dataclasses.replace(said, alpha=alpha)([word], beam=1)[0] for alpha in (0.0, 1.0)
+        )
+        assert plain.phones == penalised.phones
+        length = min(len(plain.phones) + 1, TARGET_LENGTH)  # the end symbol, where there is one
+        assert penalised.score == pytest.approx(plain.score / ((5 + length) / 6), rel=1e-5)
 
 
 def test_nbest_has_scores_best_first_and_keeps_step(said):
@@ -129,6 +140,15 @@ def test_cross_attention_is_a_distribution_over_the_letters(said):
     weights = said.cross_attention("abc", ("K", "AA"))
     assert weights.shape == (1, 2, 3, 4)  # layers, heads, sounds and letters with their ends
     assert weights.sum(-1) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_cross_attention_is_that_of_writing_each_sound(said):
+    # Row i is where the decoder looks while it writes sound i, having read <s> and those before.
+    source, target = jnp.array([LETTERS.encode("abc")]), jnp.array([[BOS, 5, 3]])
+    assert PHONES.encode(["K", "AA"])[:2] == [5, 3]
+    _, weights = said.model.apply({"params": said.params}, source, target, return_weights=True)
+    found = said.cross_attention("abc", ("K", "AA"))
+    np.testing.assert_allclose(found, weights["cross"][:, 0], rtol=1e-5)
 
 
 # ---- loading

@@ -4,25 +4,33 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax import nn
 
 from experiments import data
 from experiments.data import DataError
-from experiments.pronouncer import Pronunciation
+from experiments.pronouncer import Pronouncer, Pronunciation
 from experiments.run_folder import plain
+from experiments.tasks import pronounce
 from experiments.tasks.pronounce import (
     MAY_DIFFER,
     PRESETS,
     PronounceConfig,
     Score,
     load_lexicons,
+    make_evaluate,
     make_learning_rate,
     prepare,
     resolve,
     results_of,
     score,
 )
+from experiments.vocabulary import BOS
+from tfm.config import TransformerConfig
+from tfm.model import Transformer
+from tfm.training import init_params
 
 
 def write(path, *words):
@@ -143,11 +151,45 @@ def test_the_cosine_schedule_rises_to_its_peak_and_ends_near_zero(steps):
 
 
 def test_the_papers_schedule_has_its_peak_at_the_end_of_the_warm_up():
-    config = PronounceConfig(schedule="paper", learning_rate=1.0, warmup_steps=50)
+    config = PronounceConfig(schedule="paper", learning_rate=0.02, warmup_steps=50)
     rate = make_learning_rate(config)
     rates = [float(rate(i)) for i in range(200)]
     assert np.argmax(rates) == 49  # counted from 0
-    assert max(rates) == pytest.approx(config.model.d_model**-0.5 * 50**-0.5)
+    assert max(rates) == pytest.approx(0.02)
+    assert rates[199] == pytest.approx(0.02 * (50 / 200) ** 0.5)  # the inverse square root
+
+
+def test_evaluation_is_the_plain_loss_of_each_word_and_the_greedy_error(tmp_path, monkeypatch):
+    words = [a + b for a in "abc" for b in ("a", "bc", "ccab", "bcabc")]
+    config = PronounceConfig(
+        train_file=write(tmp_path / "t", *words), valid_file=write(tmp_path / "v", *words[::2]),
+        rows=4, source_length=8, target_length=8, smoothing=0.3, beam=3,
+        model=TransformerConfig(
+            vocab_size=42, source_vocab_size=30, d_model=8, d_ff=8, num_heads=2,
+            num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.5,
+        ),
+    )  # fmt: skip
+    lexicons = load_lexicons(config)
+    config = resolve(config, lexicons)
+    model = Transformer(config.model)
+    params = init_params(model, jax.random.PRNGKey(1))
+    beams = []
+    monkeypatch.setattr(
+        pronounce, "score", lambda _, lexicon, beam: beams.append(beam) or Score(0.5, 0.25, [])
+    )
+    pronouncer = Pronouncer(model, None, lexicons.letters, lexicons.phones, 8, 8, 3, 0.6)
+    evaluated = make_evaluate(config, lexicons, pronouncer)(params)
+    assert beams == [1]
+    assert (evaluated["valid_wer"], evaluated["valid_per"]) == (0.5, 0.25)
+
+    total, count = 0.0, 0
+    for example in data.examples(lexicons.valid, lexicons.letters, lexicons.phones):
+        labels = example["target"]
+        inputs = np.concatenate([[BOS], labels[:-1]])
+        logits = model.apply({"params": params}, example["source"], inputs)
+        total -= np.log(np.asarray(nn.softmax(logits)))[np.arange(len(labels)), labels].sum()
+        count += len(labels)
+    assert evaluated["valid_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_score_pairs_each_word_with_its_own_references():

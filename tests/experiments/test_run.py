@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,6 +259,56 @@ def test_stopped_and_resumed_equals_uninterrupted_then_extended(
     assert read(tmp_path / "run", "results.json")["steps"] == STEPS + 4
     assert read(tmp_path / "run", "config.json")["steps"] == STEPS + 4
     assert last_state(tmp_path / "run")[0] == STEPS + 4
+    # What the shorter run found is still there.
+    assert read(tmp_path / "run", f"results-{STEPS}.json") == now
+    assert (tmp_path / "run" / f"report-{STEPS}.html").exists()
+
+
+def test_a_periodic_save_holds_the_state_of_its_step(finished, tiny, tmp_path):
+    # The steps after a save run while it is written, into the memory that they were given.
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    (tmp_path / "run" / "results.json").unlink()
+    assert last_state(tmp_path / "run")[0] == 150
+    assert call("--run", tmp_path / "run", "--steps", STEPS, *tiny) == 0
+    (step, resumed), (_, whole) = last_state(tmp_path / "run"), last_state(finished)
+    assert step == STEPS
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
+def test_every_setting_reaches_the_training(tiny, tmp_path, monkeypatch):
+    seen = {}
+
+    class EnoughError(Exception):
+        pass
+
+    def record(name):
+        original = getattr(pronounce, name)
+
+        def recorded(*arguments, **named):
+            seen[name] = arguments, named
+            if name == "train":
+                raise EnoughError
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(pronounce, name, recorded)
+
+    for name in ("init_state", "make_optimizer", "make_train_step", "packed_batches", "train"):
+        record(name)
+    flags = {"seed": 3, "clip": 0.3, "smoothing": 0.2, "accumulation": 2, "steps": 70,
+             "learning-rate": 0.5, "warmup-steps": 7, "log-every": 11, "evaluate-every": 13,
+             "save-every": 17}  # fmt: skip
+    given = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    with pytest.raises(EnoughError):
+        call("--run", tmp_path / "run", *tiny, *given)
+    np.testing.assert_array_equal(seen["init_state"][0][2], jax.random.PRNGKey(3))
+    schedule, clip = seen["make_optimizer"][0]
+    assert clip == 0.3 and float(schedule(7)) == pytest.approx(0.5)
+    assert {"smoothing": 0.2, "accumulation": 2}.items() <= seen["make_train_step"][1].items()
+    assert seen["packed_batches"][1] == {
+        "rows": 16, "source_length": 12, "target_length": 12, "seed": 3,
+    }  # fmt: skip
+    assert seen["train"][0][4] == loop.Schedule(70, 11, 13, 17)
 
 
 # ---- as processes
@@ -370,15 +421,24 @@ def test_help_lists_every_experiment_with_a_sentence(flag, capsys):
     assert set(command.EXPERIMENTS) == {"pronounce", "predict"}
 
 
-def test_an_unknown_experiment_is_named(capsys):
-    assert call("pronuonce", "--steps", "3") != 0
+def test_an_unknown_experiment_leaves_with_2_and_the_list(capsys):
+    assert call("pronuonce", "--steps", "3") == 2
     error = capsys.readouterr().err
-    assert error == "" or "'pronuonce'" in error  # sys.exit(text) prints at the interpreter's end
+    assert "'pronuonce'" in error and "predict" in error
 
 
-def test_an_unknown_experiment_leaves_with_2(capsys):
-    assert call("pronuonce") == 2
-    assert "'pronuonce'" in capsys.readouterr().err
+def test_on_linux_the_process_starts_anew_once_on_huge_pages(monkeypatch):
+    begun = []
+    monkeypatch.setattr(command.os, "execv", lambda *arguments: begun.append(arguments))
+    monkeypatch.setattr(command.sys, "orig_argv", ["python", "-m", "experiments.run", "--help"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that it is put back as it was
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    for platform in ("darwin", "linux", "linux"):
+        monkeypatch.setattr(command.sys, "platform", platform)
+        command.use_huge_pages()
+    arguments = [sys.executable, "-m", "experiments.run", "--help"]
+    assert begun == [(sys.executable, arguments)]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
 def flags_of(config, prefix=""):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +146,13 @@ def test_attention_gradients(rng, x64, masked):
         lambda q, k, v: scaled_dot_product_attention(q, k, v, mask),
         *queries_keys_values(rng, leading=(2,)),
     )
+
+
+def test_gradients_of_weights_and_of_heads(rng, x64):
+    query, key, _ = queries_keys_values(rng, (2,), 3, 4, 5)
+    assert_gradients_right(attention_weights, query, key)
+    assert_gradients_right(partial(split_heads, num_heads=2), rng.standard_normal((2, 3, 4)))
+    assert_gradients_right(merge_heads, rng.standard_normal((2, 3, 4, 2)))
 
 
 @pytest.mark.parametrize("function", [attention_weights, scaled_dot_product_attention])

@@ -6,7 +6,7 @@ import pytest
 import references
 from checks import assert_close, assert_gradients_right
 
-from tfm import clip_by_global_norm
+from tfm import clip_by_global_norm, global_norm
 
 # One compilation serves all tests with the same shapes; an eager call compiles each operation.
 clip = jax.jit(clip_by_global_norm)
@@ -92,6 +92,14 @@ def test_structure_shapes_and_dtypes_stay(x64):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), clipped) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), tree
     )
+
+
+def test_short_types_are_squared_in_float32():
+    # 300² is beyond float16, and 1 + 2⁻⁹ beyond the digits of bfloat16.
+    assert clip([jnp.array([300.0], jnp.float16)], 1.0)[0].tolist() == [1.0]
+    norm = global_norm([jnp.ones(512, jnp.bfloat16), jnp.ones(1, jnp.bfloat16)])
+    assert norm.dtype == jnp.float32
+    assert float(norm) == pytest.approx(513**0.5)
 
 
 def test_clipping_gradients(rng, x64):

@@ -89,6 +89,12 @@ def test_a_rate_outside_0_to_1_is_refused(name, rate):
     assert_refuses(lambda: TransformerConfig(**{name: rate}), words=[name, str(rate)])
 
 
+@pytest.mark.parametrize("epsilon", [0.0, -1e-6, float("inf"), float("nan")])
+def test_an_epsilon_that_is_not_positive_and_finite_is_refused(epsilon):
+    words = ["layer_norm_epsilon", str(epsilon)]
+    assert_refuses(lambda: TransformerConfig(layer_norm_epsilon=epsilon), words=words)
+
+
 @pytest.mark.parametrize(
     "name",
     [

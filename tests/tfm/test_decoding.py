@@ -373,3 +373,19 @@ def test_the_key_decides():
 
 def test_a_small_temperature_takes_the_likeliest():
     assert (draw(50, temperature=1e-3).tokens == PROBABILITIES.argmax()).all()
+
+
+@pytest.mark.parametrize("search", [greedy, beam_search, partial(sample, key=jax.random.key(0))])
+def test_a_start_symbol_outside_the_vocabulary_is_refused(search):
+    with pytest.raises(ValueError, match=r"bos holds 4, .* \[0, 4\)"):
+        search(history_step, start_states(2, 1), bos=VOCABULARY, eos=EOS, max_length=3)
+
+
+def test_beyond_the_cache_there_is_no_number():
+    @jax.jit
+    def logits_at(params, index):
+        step, cache = start_decoding(Transformer(PAPER), params, SOURCE, 2, max_length=6)
+        return step(jnp.ones((3, 2), jnp.int32), index, cache)[0]
+
+    assert np.isfinite(logits_at(parameters(PAPER), 5)).all()
+    assert np.isnan(logits_at(parameters(PAPER), 6)).all()

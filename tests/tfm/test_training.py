@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import references
-from checks import assert_close, assert_refuses
+from checks import assert_close, assert_refuses, products_in
 
 from tfm import (
     Transformer,
@@ -167,6 +167,18 @@ def test_a_step_compiles_once_whatever_its_batch_holds():
     train(fresh_state(), [copy_batch(seed) for seed in range(4)])
     assert TRACED.traces == 1
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(("compute_dtype", "operand"), [("float32", "f32"), ("bfloat16", "bf16")])
+def test_every_product_of_a_step_has_the_operands_of_the_config(compute_dtype, operand):
+    model = Transformer(replace(CONFIG, compute_dtype=compute_dtype))
+    update = make_train_step(model, OPTIMIZER, bos=BOS)
+    assert set(products_in(update, initial_state(), copy_batch(0))) == {(operand, operand, "f32")}
+
+
+def test_a_start_symbol_outside_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match=r"bos holds 10, .* \[0, 10\)"):
+        make_train_step(MODEL, OPTIMIZER, bos=10)
 
 
 def test_the_state_may_be_donated():
