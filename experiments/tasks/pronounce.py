@@ -117,9 +117,9 @@ PRESETS = {
         evaluate_every=1500,
         model=TransformerConfig(
             vocab_size=42, source_vocab_size=30, d_model=256, d_ff=1024, num_heads=4,
-            num_encoder_layers=4, num_decoder_layers=2, dropout_rate=0.15,
+            num_encoder_layers=4, num_decoder_layers=2, dropout_rate=0.05,
         ),
-        learning_rate=1e-3,
+        learning_rate=4e-4,
         warmup_steps=2000,
     ),
 }  # fmt: skip
