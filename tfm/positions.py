@@ -35,7 +35,7 @@ def sinusoidal_positions(positions: int | Array, d_model: int) -> Array:
       TypeError: positions that are not integers.
     """
     if d_model < 2 or d_model % 2:
-        raise ValueError(f"d_model={d_model} is odd: sines and cosines come in pairs")
+        raise ValueError(f"d_model={d_model} is odd or below 2: sines and cosines come in pairs")
     dtype = jnp.zeros((), float).dtype
     if isinstance(positions, int | np.integer):
         if positions < 0:
