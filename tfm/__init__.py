@@ -21,6 +21,7 @@ from tfm.decoding import beam_search, greedy, sample, start_decoding
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_distribution, output_logits
 from tfm.feed_forward import feed_forward
+from tfm.layers import Functions
 from tfm.loss import label_smoothed_cross_entropy
 from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.model import Transformer, shift_right
@@ -39,6 +40,7 @@ from tfm.training import (
 __all__ = [
     "BASE",
     "BIG",
+    "Functions",
     "TrainState",
     "Transformer",
     "TransformerConfig",

@@ -1,5 +1,6 @@
 """§3.1-3.3 The layers: thin linen modules that own parameters and call the functions."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.feed_forward import feed_forward
 from tfm.normalization import layer_norm
+from tfm.positions import sinusoidal_positions
 from tfm.precision import linear, matmul
 
 INITIALIZERS = {
@@ -20,6 +22,22 @@ INITIALIZERS = {
     "lecun_normal": nn.initializers.lecun_normal(),
     "he_normal": nn.initializers.he_normal(),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """The functions that the layers call. Put another in the place of one to study it:
+
+        Transformer(config, Functions(feed_forward=mine))
+
+    It takes and returns what the function of that name in `tfm` does. The parameters stay as they
+    are, so a trained checkpoint fits either.
+    """
+
+    attention_weights: Callable[..., Array] = attention_weights
+    feed_forward: Callable[..., Array] = feed_forward
+    layer_norm: Callable[..., Array] = layer_norm
+    sinusoidal_positions: Callable[..., Array] = sinusoidal_positions
 
 
 class LayerCache(NamedTuple):
@@ -36,16 +54,18 @@ def site_key(key: Array | None, site: int) -> Array | None:
 
 class LayerNorm(nn.Module):
     config: TransformerConfig
+    functions: Functions = Functions()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (self.config.d_model,))
         bias = self.param("bias", nn.initializers.zeros, (self.config.d_model,))
-        return layer_norm(x, scale, bias, self.config.layer_norm_epsilon)
+        return self.functions.layer_norm(x, scale, bias, self.config.layer_norm_epsilon)
 
 
 class FeedForward(nn.Module):
     config: TransformerConfig
+    functions: Functions = Functions()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -55,7 +75,8 @@ class FeedForward(nn.Module):
         b1 = self.param("b1", zeros, (c.d_ff,))
         w2 = self.param("w2", matrix, (c.d_ff, c.d_model))
         b2 = self.param("b2", zeros, (c.d_model,))
-        return feed_forward(x, w1, b1, w2, b2, compute_dtype=jnp.dtype(c.compute_dtype))
+        dtype = jnp.dtype(c.compute_dtype)
+        return self.functions.feed_forward(x, w1, b1, w2, b2, compute_dtype=dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -65,6 +86,7 @@ class MultiHeadAttention(nn.Module):
     """
 
     config: TransformerConfig
+    functions: Functions = Functions()
 
     def setup(self) -> None:
         c = self.config
@@ -100,7 +122,8 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Array, Array]:
         """[..., H, L, d_k] and [..., H, K, d_k] twice -> [..., L, D] and weights [..., H, L, K]."""
         c = self.config
-        weights = attention_weights(query, key, mask, compute_dtype=c.compute_dtype)
+        weights_of = self.functions.attention_weights
+        weights = weights_of(query, key, mask, compute_dtype=c.compute_dtype)
         used = weights
         if dropout_key is not None:
             used = dropout(dropout_key, used, c.attention_dropout_rate)
@@ -114,6 +137,7 @@ class ResidualSublayers(nn.Module):
     """What encoder and decoder layers share: x + Sublayer(x), normalised and dropped out."""
 
     config: TransformerConfig
+    functions: Functions = Functions()
 
     def residual(
         self,
@@ -140,10 +164,10 @@ class ResidualSublayers(nn.Module):
 
 class EncoderLayer(ResidualSublayers):
     def setup(self) -> None:
-        self.attention = MultiHeadAttention(self.config)
-        self.attention_norm = LayerNorm(self.config)
-        self.feed_forward = FeedForward(self.config)
-        self.feed_forward_norm = LayerNorm(self.config)
+        self.attention = MultiHeadAttention(self.config, self.functions)
+        self.attention_norm = LayerNorm(self.config, self.functions)
+        self.feed_forward = FeedForward(self.config, self.functions)
+        self.feed_forward_norm = LayerNorm(self.config, self.functions)
 
     def __call__(
         self,
@@ -164,12 +188,12 @@ class EncoderLayer(ResidualSublayers):
 
 class DecoderLayer(ResidualSublayers):
     def setup(self) -> None:
-        self.self_attention = MultiHeadAttention(self.config)
-        self.self_attention_norm = LayerNorm(self.config)
-        self.cross_attention = MultiHeadAttention(self.config)
-        self.cross_attention_norm = LayerNorm(self.config)
-        self.feed_forward = FeedForward(self.config)
-        self.feed_forward_norm = LayerNorm(self.config)
+        self.self_attention = MultiHeadAttention(self.config, self.functions)
+        self.self_attention_norm = LayerNorm(self.config, self.functions)
+        self.cross_attention = MultiHeadAttention(self.config, self.functions)
+        self.cross_attention_norm = LayerNorm(self.config, self.functions)
+        self.feed_forward = FeedForward(self.config, self.functions)
+        self.feed_forward_norm = LayerNorm(self.config, self.functions)
 
     def memory(self, encoded: Array) -> LayerCache:
         """The cross-attention's keys and values of the encoder's output: [..., H, S, d_k]."""

@@ -14,9 +14,8 @@ from jax import Array
 from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_logits
-from tfm.layers import DecoderLayer, EncoderLayer, LayerCache, LayerNorm, site_key
+from tfm.layers import DecoderLayer, EncoderLayer, Functions, LayerCache, LayerNorm, site_key
 from tfm.masks import causal_mask, padding_mask, segment_mask
-from tfm.positions import sinusoidal_positions
 from tfm.shapes import assert_broadcasts, assert_fits, assert_ids
 
 HeadMasks = dict[str, Array]
@@ -44,9 +43,10 @@ class Transformer(nn.Module):
     """
 
     config: TransformerConfig
+    functions: Functions = Functions()
 
     def setup(self) -> None:
-        c = self.config
+        c, f = self.config, self.functions
         table = nn.initializers.normal(c.d_model**-0.5)
         self.target_table = self.param("embedding", table, (c.vocab_size, c.d_model))
         self.source_table = self.target_table
@@ -60,10 +60,10 @@ class Transformer(nn.Module):
             }
         if c.output_bias:
             self.bias = self.param("output_bias", nn.initializers.zeros, (c.vocab_size,))
-        self.encoder = [EncoderLayer(c) for _ in range(c.num_encoder_layers)]
-        self.decoder = [DecoderLayer(c) for _ in range(c.num_decoder_layers)]
+        self.encoder = [EncoderLayer(c, f) for _ in range(c.num_encoder_layers)]
+        self.decoder = [DecoderLayer(c, f) for _ in range(c.num_decoder_layers)]
         if c.norm_placement == "pre":
-            self.encoder_norm, self.decoder_norm = LayerNorm(c), LayerNorm(c)
+            self.encoder_norm, self.decoder_norm = LayerNorm(c, f), LayerNorm(c, f)
 
     def _embed(
         self, side: str, ids: Array, positions: Array | None, dropout_key: Array | None
@@ -76,7 +76,8 @@ class Transformer(nn.Module):
         assert_ids(side, ids, table.shape[0])
         x = embed(ids, table)
         if c.positions == "sinusoidal":
-            x += sinusoidal_positions(ids.shape[-1] if positions is None else positions, c.d_model)
+            where = ids.shape[-1] if positions is None else positions
+            x += self.functions.sinusoidal_positions(where, c.d_model)
         else:
             if positions is None:
                 self._check_length(side, ids.shape[-1])
