@@ -19,22 +19,19 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-_INK, _MUTED, _GRID, _LINES = "#000001", "#000002", "#000003", ("#000004", "#000005")
+INK, MUTED, GRID = "#000001", "#000002", "#000003"
+LINES = ("#000004", "#000005", "#000006", "#000007", "#000008")
 # matplotlib knows no CSS variables: it draws with stand-ins, and the variables take their place
-# in the SVG. So a picture follows the page between light and dark.
+# in the SVG. So a picture follows the page between light and dark, and alone it is light.
 _PAINT = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _GRID: "var(--line)",
-    _LINES[0]: "var(--accent)",
-    _LINES[1]: "var(--second)",
-}
-_LIGHT = {
-    "var(--ink)": "#1c1e21",
-    "var(--muted)": "#63686e",
-    "var(--line)": "#e3e5e8",
-    "var(--accent)": "#2a62c9",
-    "var(--second)": "#c2571a",
+    INK: "var(--ink, #1c1e21)",
+    MUTED: "var(--muted, #63686e)",
+    GRID: "var(--line, #e3e5e8)",
+    LINES[0]: "var(--accent, #2a62c9)",
+    LINES[1]: "var(--second, #c2571a)",
+    LINES[2]: "var(--third, #18794e)",
+    LINES[3]: "var(--fourth, #8a3fb0)",
+    LINES[4]: "var(--fifth, #8a6d00)",
 }
 _LABEL_HEIGHT = 25  # points that the two lines of a label at a curve's end take
 _END = "</s>"  # drawn as a small square
@@ -69,7 +66,7 @@ PANELS = (
 )  # fmt: skip
 
 
-def _inline(figure: Figure, name: str, description: str) -> str:
+def inline(figure: Figure, name: str, description: str) -> str:
     """The figure as an <svg> element that scales with the page and fetches nothing."""
     buffer = io.StringIO()
     # Real text, in the page's font; the salt keeps the ids of one picture out of another's.
@@ -93,10 +90,10 @@ def _inline(figure: Figure, name: str, description: str) -> str:
 def _tidy(axes: Axes, panel: Panel) -> None:
     """Horizontal grid lines, round numbers, and nothing else."""
     axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(_MUTED)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, which="both", labelcolor=_MUTED, labelsize=9.5, pad=5)
+    axes.tick_params(length=0, which="both", labelcolor=MUTED, labelsize=9.5, pad=5)
     axes.set_yscale(panel.scale)
     if panel.scale == "log":
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
@@ -127,7 +124,7 @@ def learning_curve(panel: Panel, metrics: Sequence[dict[str, Any]]) -> str:
     figure = Figure(figsize=(3.9, 2.2), dpi=72)  # 72: a pixel is a point, the unit of the labels
     axes = figure.add_axes((0.13, 0.13, 0.66, 0.8))
     ends, told = [], []
-    for (key, name), colour in zip(panel.lines.items(), _LINES, strict=False):
+    for (key, name), colour in zip(panel.lines.items(), LINES, strict=False):
         # What was not finite was logged as null.
         points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
         if not points:
@@ -144,7 +141,7 @@ def learning_curve(panel: Panel, metrics: Sequence[dict[str, Any]]) -> str:
     _tidy(axes, panel)
     axes.set_xlim(0, max(m["step"] for m in metrics))
     _label_ends(axes, ends)
-    return _inline(figure, panel.title, f"{panel.title}: {', '.join(told)}")
+    return inline(figure, panel.title, f"{panel.title}: {', '.join(told)}")
 
 
 def learning_curves_file(metrics: Sequence[dict[str, Any]]) -> str:
@@ -153,8 +150,6 @@ def learning_curves_file(metrics: Sequence[dict[str, Any]]) -> str:
     parts = [f'<rect width="{2 * width}" height="{height + top}" fill="white"/>']
     for index, panel in enumerate(PANELS[:2]):
         curve = learning_curve(panel, metrics)
-        for name, colour in _LIGHT.items():
-            curve = curve.replace(name, colour)
         place = f'<svg x="{width * index}" y="{top}" width="{width}" height="{height}"'
         parts.append(curve.replace("<svg", place, 1))
         for y, size, text in ((14, 12, panel.title), (28, 9.5, panel.note)):

@@ -12,8 +12,11 @@ import numpy as np
 
 from experiments.figures import PANELS, attention_map, learning_curve
 from experiments.metrics import GAP, closest_reference, edit_operations
+from experiments.page import Section, page
 
-_STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+_INTRO = """A Transformer began with random numbers and learned, from a dictionary alone, to
+turn the letters of a word into its sounds. This page tells how well, how it got there, and where
+it looks."""
 
 _GROUPS = {
     "seen": ("Seen", "words of the training data"),
@@ -49,21 +52,6 @@ class Example:
     score: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Section:
-    anchor: str
-    title: str
-    intro: str
-    body: str
-    """'' where there is nothing to show: the section is then left out"""
-
-    def html(self) -> str:
-        return (
-            f'<section id="{self.anchor}"><h2>{self.title}</h2>'
-            f'<p class="intro">{self.intro}</p>{self.body}</section>'
-        )
-
-
 def write_report(
     path: str | Path,
     *,
@@ -92,40 +80,8 @@ def write_report(
         _confusions(confusions),
         _settings(config, results),
     ]
-    page = _page(title, command, _tiles(results), [s for s in sections if s.body])
-    Path(path).write_text(page, encoding="utf-8")
-
-
-def _page(title: str, command: str, tiles: str, sections: Sequence[_Section]) -> str:
-    links = "".join(f'<a href="#{section.anchor}">{section.title}</a>' for section in sections)
-    # The policy makes the browser hold the page to its promise: nothing is loaded, nothing runs.
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(title)}</title>
-<style>
-{_STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{escape(title)}</h1>
-<p class="intro">A Transformer began with random numbers and learned, from a dictionary alone, to
-turn the letters of a word into its sounds. This page tells how well, how it got there, and where
-it looks.</p>
-<pre>{escape(command)}</pre>
-{tiles}
-<nav>{links}</nav>
-</header>
-<main>
-{"".join(section.html() for section in sections)}
-</main>
-<footer>Written by tfm. This page loads nothing and runs no script.</footer>
-</body>
-</html>
-"""
+    html = page(title, _INTRO, command, _tiles(results), sections)
+    Path(path).write_text(html, encoding="utf-8")
 
 
 def _duration(seconds: float) -> str:
@@ -159,14 +115,14 @@ def _tiles(results: dict[str, Any]) -> str:
     return f'<dl class="tiles">{"".join(shown)}</dl>'
 
 
-def _learning(metrics: Sequence[dict[str, Any]]) -> _Section:
+def _learning(metrics: Sequence[dict[str, Any]]) -> Section:
     drawn = ((panel, learning_curve(panel, metrics)) for panel in PANELS)
     figures = "".join(
         f"<figure><figcaption>{panel.title}<small>{panel.note}</small></figcaption>{svg}</figure>"
         for panel, svg in drawn
         if svg
     )
-    return _Section(
+    return Section(
         "learning",
         "How it learned",
         "Each curve runs over the training steps and ends in its last value. The training loss "
@@ -211,7 +167,7 @@ def _example_row(example: Example) -> str:
     )
 
 
-def _examples(examples: Sequence[Example]) -> _Section:
+def _examples(examples: Sequence[Example]) -> Section:
     groups = []
     for group in dict.fromkeys(example.group for example in examples):
         name, note = _GROUPS[group]
@@ -221,7 +177,7 @@ def _examples(examples: Sequence[Example]) -> _Section:
             f'<span class="note">{note}</span></th></tr>{rows}</tbody>'
         )
     head = '<th></th><th>Word</th><th>Model</th><th>Dictionary</th><th class="number">Score</th>'
-    return _Section(
+    return Section(
         "examples",
         "What it says",
         "A word is right (✓) if the model's sounds equal one of the dictionary's pronunciations; "
@@ -249,14 +205,14 @@ def _layer(number: int, word: AttentionMap) -> str:
     )
 
 
-def _attention(attention: Sequence[AttentionMap]) -> _Section:
+def _attention(attention: Sequence[AttentionMap]) -> Section:
     words = "".join(
         f"<details{' open' if index == 0 else ''}><summary>{escape(word.word)}"
         f'<span class="sounds">{escape(" ".join(word.sounds[:-1]))}</span></summary>'
         f"<div>{''.join(_layer(n + 1, word) for n in range(len(word.weights)))}</div></details>"
         for index, word in enumerate(attention)
     )
-    return _Section(
+    return Section(
         "attention",
         "Where it looks",
         "To write each sound (a row, from top to bottom) every head of the decoder spreads a "
@@ -273,7 +229,7 @@ def _kind(expected: str, got: str) -> str:
     return "added" if expected == GAP else "left out"
 
 
-def _confusions(confusions: Sequence[tuple[str, str, int]]) -> _Section:
+def _confusions(confusions: Sequence[tuple[str, str, int]]) -> Section:
     most = max((count for _, _, count in confusions), default=1)
     rows = "".join(
         f'<tr><td class="sounds">{escape(expected)} → {escape(got)}</td>'
@@ -283,7 +239,7 @@ def _confusions(confusions: Sequence[tuple[str, str, int]]) -> _Section:
         for expected, got, count in confusions
     )
     head = '<th colspan="3">Dictionary → model</th><th class="number">Times</th>'
-    return _Section(
+    return Section(
         "confusions",
         "What it mixes up",
         "The commonest errors on the test words, each pronunciation laid against its closest "
@@ -295,13 +251,13 @@ def _confusions(confusions: Sequence[tuple[str, str, int]]) -> _Section:
     )
 
 
-def _settings(config: dict[str, Any], results: dict[str, Any]) -> _Section:
+def _settings(config: dict[str, Any], results: dict[str, Any]) -> Section:
     folded = "".join(
         f"<details><summary>{name}</summary>"
         f"<pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre></details>"
         for name, value in (("Resolved config", config), ("All results", results))
     )
-    return _Section(
+    return Section(
         "settings",
         "What was run",
         "Every setting after presets and flags were applied, and every figure at full precision, "

@@ -8,6 +8,7 @@ from experiments.errors import UserError
 
 EXPERIMENTS = {
     "pronounce": "Train a Transformer to pronounce words, and report on it (the default).",
+    "claims": "Measure eleven claims about the Transformer; a ledger with verdicts and figures.",
     "predict": "Pronounce the words on standard input with a trained model, a line each.",
 }
 
@@ -45,6 +46,15 @@ def predict(arguments: list[str]) -> None:
     from experiments.predict import PredictConfig, run
 
     run(tyro.cli(PredictConfig, args=arguments, prog="python -m experiments.run predict"))
+
+
+def claims(arguments: list[str]) -> None:
+    """Parses the flags, and measures the ledger."""
+    import tyro
+
+    from experiments.claims.ledger import ClaimsConfig, run
+
+    run(tyro.cli(ClaimsConfig, args=arguments, prog="python -m experiments.run claims"))
 
 
 def use_huge_pages() -> None:

@@ -1,0 +1,152 @@
+"""Question 8: how is d_model split into heads?"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+import tfm
+from experiments.claims import drawing
+from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact
+
+D_MODEL, BATCH, LENGTH = 64, 2, 16
+HEADS = (1, 2, 4, 8, 16)
+
+HYPOTHESES = {
+    "inverse": Hypothesis(
+        Text("Splitting and merging again is the identity: merge(split(x)) = x.",
+             "先拆分再合并等于原样：merge(split(x)) = x。"),
+        "largest |change|, over h", bound=1e-30),
+    "contiguous": Hypothesis(
+        Text("Head i holds the features i·d_k … (i + 1)·d_k − 1, with d_k = d_model/h.",
+             "第 i 个头保存第 i·d_k 到 (i + 1)·d_k − 1 维，d_k = d_model/h。"),
+        "largest |difference|, over h", bound=1e-30),
+    "parameters": Hypothesis(
+        Text("The number of parameters is the same for every h.", "参数数量与头数 h 无关。"),
+        "largest relative difference from h = 1", bound=1e-9),
+    "products": Hypothesis(
+        Text("The matrix products' work is the same for every h.", "矩阵乘法的计算量与 h 无关。"),
+        "largest relative difference from h = 1, counted in the program that is traced",
+        bound=1e-9),
+    "softmax": Hypothesis(
+        Text("The softmax's work grows with h: h·L² exponentials.",
+             "softmax 的计算量随 h 增长：共 h·L² 次指数运算。"),
+        "largest relative difference from h·L² of the exponentials in the program that is traced",
+        bound=1e-9),
+    "refused": Hypothesis(
+        Text("An h that does not divide d_model is refused, and both numbers are named.",
+             "不能整除 d_model 的 h 会被拒绝，并指明两个数。"),
+        "share of such h that are let through or not named", bound=1e-9),
+}  # fmt: skip
+
+
+def _attention(heads: int):
+    keys = jax.random.split(jax.random.key(0), 5)
+    x = jax.random.normal(keys[0], (BATCH, LENGTH, D_MODEL))
+    weights = [jax.random.normal(key, (D_MODEL, D_MODEL)) for key in keys[1:]]
+    return lambda x: tfm.multi_head_attention(x, x, *weights, heads), x
+
+
+def _work(heads: int) -> tuple[int, int]:
+    """(multiplications of the products, exponentials) of one attention, counted in its trace."""
+    jaxpr = jax.make_jaxpr(_attention(heads)[0])(_attention(heads)[1])
+    multiplications = exponentials = 0
+    for equation in _equations(jaxpr.jaxpr):
+        size = equation.outvars[0].aval.size
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            multiplications += size * int(np.prod([shape[axis] for axis in contracted]))
+        elif equation.primitive.name == "exp":
+            exponentials += size
+    return multiplications, exponentials
+
+
+def _equations(jaxpr):
+    """All equations, those inside of others included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from _equations(inner)
+
+
+def _parameters(heads: int) -> int:
+    config = tfm.TransformerConfig(vocab_size=50, d_model=D_MODEL, d_ff=128, num_heads=heads,
+                                   num_encoder_layers=1, num_decoder_layers=1)  # fmt: skip
+    model, tokens = tfm.Transformer(config), jnp.ones((1, 2), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _let_through() -> float:
+    """The share of the h in 0 … 2·d_model that do not divide it and yet are not refused by name."""
+    wrong = [h for h in range(2 * D_MODEL + 1) if h == 0 or D_MODEL % h]
+    missed = 0
+    for heads in wrong:
+        try:
+            tfm.split_heads(jnp.zeros((LENGTH, D_MODEL)), heads)
+            missed += 1
+        except ValueError as error:
+            missed += not (f"={heads} " in str(error) and f"={D_MODEL}" in str(error))
+    return missed / len(wrong)
+
+
+def _shapes(seed: int) -> dict[str, float]:
+    x = jax.random.normal(jax.random.key(seed), (BATCH, LENGTH, D_MODEL))
+    inverse = contiguous = 0.0
+    for heads in HEADS:
+        split, d_k = tfm.split_heads(x, heads), D_MODEL // heads
+        inverse = max(inverse, float(jnp.abs(tfm.merge_heads(split) - x).max()))
+        for i in range(heads):
+            part = x[..., i * d_k : (i + 1) * d_k]
+            contiguous = max(contiguous, float(jnp.abs(split[:, i] - part).max()))
+    return {"inverse": inverse, "contiguous": contiguous}
+
+
+def _draw(work: dict[int, tuple[int, int]], parameters: dict[int, int]) -> Figure:
+    figure, (same, grows) = drawing.panels("The same for every h", "Grows with h")
+    names = [f"{h}" for h in HEADS]
+    for i, (text, counts) in enumerate(
+        (("parameters of a model", [parameters[h] for h in HEADS]),
+         ("multiplications of one attention", [work[h][0] for h in HEADS]))
+    ):  # fmt: skip
+        places = np.arange(len(HEADS)) + 0.38 * i
+        same.bar(places, np.array(counts) / counts[0], 0.36, color=drawing.LINES[i], label=text)
+    same.set_xticks(np.arange(len(HEADS)) + 0.19, names)
+    same.set_ylim(0, 1.5)
+    drawing.legend(same)
+    drawing.label(same, f"heads h at d_model {D_MODEL}", "relative to h = 1")
+    grows.bar(names, [work[h][1] for h in HEADS], 0.6, color=drawing.LINES[2])
+    drawing.label(grows, f"heads h at d_model {D_MODEL}", f"exponentials ({BATCH} rows, L = 16)")
+    return figure
+
+
+def measure(budget: Budget) -> tuple[dict[str, Estimate], Figure]:
+    """Counts, and comparisons that hold to the last bit."""
+    work = {heads: _work(heads) for heads in HEADS}
+    parameters = {heads: _parameters(heads) for heads in HEADS}
+    errors = _shapes(budget.first_seed) | {
+        "parameters": max(abs(n / parameters[1] - 1) for n in parameters.values()),
+        "products": max(abs(products / work[1][0] - 1) for products, _ in work.values()),
+        "softmax": max(abs(e / (BATCH * h * LENGTH**2) - 1) for h, (_, e) in work.items()),
+        "refused": _let_through(),
+    }
+    return {name: exact(error) for name, error in errors.items()}, _draw(work, parameters)
+
+
+CLAIM = Claim(
+    id="split",
+    question=Text("How is d_model split into heads?",
+                  "Transformer 模型中多头注意力机制的维度拆分是如何实现的？"),
+    formula="d_k = d_model/h",
+    function=tfm.split_heads,
+    hypotheses=HYPOTHESES,
+    measure=measure,
+    lesson=Text(
+        "Splitting is a matter of bookkeeping: the features of a position are cut into h equal "
+        "pieces, and each head works on its own. Nothing is added or lost, so parameters and "
+        "matrix products stay the same; only the softmax has h times as many rows to normalise.",
+        "拆分只是重新编排：每个位置的特征被切成 h 份，每个头处理自己的一份。既不增加也不丢失，"
+        "因此参数和矩阵乘法的量不变；只有 softmax 要归一化的行数变为 h 倍。",
+    ),
+)  # fmt: skip

@@ -1,0 +1,221 @@
+"""Training many small models as one program: seeds, and where shapes allow whole sweeps.
+
+A study compares settings. Each is trained from the same seeds (the same initial parameters where
+the shapes are the same, the same order of the data, the same dropout), so that differences are
+paired by seed.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from experiments import data
+from experiments.claims.evidence import Budget
+from experiments.packing import packed_rows
+from experiments.vocabulary import BOS, EOS, Vocabulary
+from tfm.config import TransformerConfig
+from tfm.loss import label_smoothed_cross_entropy
+from tfm.model import Transformer, shift_right
+from tfm.training import Batch, cosine_schedule, init_state, make_optimizer, make_train_step
+
+PIECES = 20  # a training advances in this many pieces; probes look at it between them
+ROWS = 16  # packed rows in a batch
+LEARNING_RATE = 2e-3
+SAMPLE = 128  # training rows that the fit to the training data is judged by
+
+
+class Task(NamedTuple):
+    """Packed rows to learn from and to be judged by (`experiments.packing.packed_rows`)."""
+
+    train: Batch
+    valid: Batch
+    source_vocab_size: int
+    vocab_size: int
+
+    def config(self, **changes: Any) -> TransformerConfig:
+        """The small model of the studies, with changes by name."""
+        small = {
+            "d_model": 64, "d_ff": 256, "num_heads": 4, "num_encoder_layers": 1,
+            "num_decoder_layers": 1, "dropout_rate": 0.0,
+        }  # fmt: skip
+        sizes = {"vocab_size": self.vocab_size, "source_vocab_size": self.source_vocab_size}
+        return TransformerConfig(**(sizes | small | changes))
+
+
+class Trainee(NamedTuple):
+    """What is trained, and how."""
+
+    model: Transformer
+    optimizer: optax.GradientTransformation
+
+
+class Trained(NamedTuple):
+    """Settings × seeds, after training."""
+
+    loss: np.ndarray  # [settings, seeds, steps], nats a token
+    params: chex.ArrayTree  # [settings, seeds, ...]
+    probes: dict[str, np.ndarray]  # [settings, seeds, probes, ...]
+
+
+@functools.cache
+def pronunciation() -> Task:
+    """CMUdict's training words, packed; judged by its validation words."""
+    train, valid, test = data.split_by_family(data.load_cmudict())
+    letters = Vocabulary.of(word for part in (train, valid, test) for word in part)
+    phones = Vocabulary.of(p for variants in train.values() for p in variants)
+    packed = [packed_rows(data.examples(p, letters, phones), 40, 36) for p in (train, valid)]
+    order = np.random.default_rng(0).permutation(len(packed[0]["source"]))
+    train_rows = {name: rows[order] for name, rows in packed[0].items()}
+    return Task(train_rows, packed[1], letters.size, phones.size)
+
+
+def reversal(lengths: range, symbols: int = 16, seed: int = 0) -> Task:
+    """Sequences of random symbols, to be written backwards: nothing but the order matters."""
+    rng = np.random.default_rng(seed)
+
+    def rows(count: int) -> Batch:
+        drawn = [
+            rng.integers(EOS + 1, EOS + 1 + symbols, rng.integers(lengths.start, lengths.stop))
+            for _ in range(count)
+        ]
+        sides = {"source": drawn, "target": [s[::-1] for s in drawn]}
+        batch = {}
+        for side, sequences in sides.items():
+            ids = data.padded([[*s, EOS] for s in sequences], lengths.stop, count)
+            positions = np.broadcast_to(np.arange(lengths.stop, dtype=np.int32), ids.shape)
+            batch[side] = ids
+            batch[f"{side}_segment_ids"] = (ids != 0).astype(np.int32)
+            batch[f"{side}_positions"] = positions
+        return batch
+
+    return Task(rows(20_000), rows(512), EOS + 1 + symbols, EOS + 1 + symbols)
+
+
+def optimizer(
+    steps: int, learning_rate: float = LEARNING_RATE, warmup: float = 0.1, clip: float = 1.0
+) -> optax.GradientTransformation:
+    """The optimizer of the studies; `warmup` is a share of the steps."""
+    return make_optimizer(cosine_schedule(learning_rate, round(warmup * steps), steps), clip)
+
+
+def forward(model: Transformer, params: chex.ArrayTree, batch: Batch, **options: Any) -> Any:
+    """The model on a packed batch, the decoder fed with the right beginnings."""
+    context = {name: batch[name] for name in batch if name not in ("source", "target")}
+    target = shift_right(batch["target"], BOS, batch["target_positions"])
+    return model.apply({"params": params}, batch["source"], target, **context, **options)
+
+
+def judge_batch(
+    model: Transformer, params: chex.ArrayTree, batch: Batch, **options: Any
+) -> dict[str, Array]:
+    """`loss` in nats a token, `wrong_tokens` after a right beginning, `wrong` sequences.
+
+    A sequence is wrong where any of its tokens is, which is where greedy decoding would not have
+    written it.
+    """
+    logits = forward(model, params, batch, **options)
+    segments = batch["target_segment_ids"]
+    real = segments != 0
+    losses = label_smoothed_cross_entropy(logits, batch["target"], 0.0)
+    missed = real & (logits.argmax(-1) != batch["target"])
+    most = logits.shape[-2] + 1
+    by_row = jax.vmap(lambda m, s: jax.ops.segment_max(m.astype(jnp.int32), s, most))
+    wrong = jnp.where(jnp.arange(most) > 0, by_row(missed, segments), 0)
+    return {
+        "loss": jnp.where(real, losses, 0).sum() / real.sum(),
+        "wrong_tokens": missed.sum() / real.sum(),
+        "wrong": jnp.maximum(wrong, 0).sum() / segments.max(-1).sum(),
+    }
+
+
+def judge(model: Transformer, params: chex.ArrayTree, task: Task) -> dict[str, Array]:
+    """`judge_batch` on the validation rows, and on some training rows as `train_…`."""
+    sample = {name: rows[:SAMPLE] for name, rows in task.train.items()}
+    seen = judge_batch(model, params, sample)
+    return judge_batch(model, params, task.valid) | {f"train_{k}": v for k, v in seen.items()}
+
+
+def _orders(seeds: range, steps: int, available: np.ndarray) -> np.ndarray:
+    """Row numbers [settings, seeds, steps, ROWS], epoch by epoch below each `available`."""
+    drawn = np.empty((len(available), len(seeds), steps, ROWS), np.int32)
+    for i, rows in enumerate(available):
+        epochs = -(-steps * ROWS // rows)
+        for j, seed in enumerate(seeds):
+            rng = np.random.default_rng((seed, int(rows)))
+            order = np.concatenate([rng.permutation(rows) for _ in range(epochs)])
+            drawn[i, j] = order[: steps * ROWS].reshape(steps, ROWS)
+    return drawn
+
+
+def train(
+    budget: Budget,
+    task: Task,
+    make: Callable[..., Trainee],
+    steps: int,
+    settings: dict[str, Any] | None = None,
+    *,
+    seeds: int | None = None,
+    train_rows: Any = None,
+    probe: Callable[[Transformer, chex.ArrayTree, Task], dict[str, Array]] = judge,
+    probe_at: tuple[int, ...] = (PIECES,),
+) -> Trained:
+    """Trains every setting from every seed, all together under one vmap.
+
+    Args:
+      make: called with one value of each entry of `settings` by name, traced; what depends on a
+        setting may therefore be a number in the program, but no shape.
+      steps: rounded to a multiple of `PIECES`.
+      settings: name -> values; all of one length.
+      seeds: how many; as many as the budget says where left out.
+      train_rows: for each setting, how many of the training rows it learns from. None: all.
+      probe: looks at the parameters; whatever arrays it returns are collected.
+      probe_at: after which pieces, 0 (before training) to `PIECES`.
+    """
+    settings = {name: jnp.asarray(values) for name, values in (settings or {}).items()}
+    count = len(next(iter(settings.values()))) if settings else 1
+    chosen = range(budget.first_seed, budget.first_seed + (seeds or budget.seeds))
+    shape = (count, len(chosen))
+    flat = {name: jnp.repeat(values, len(chosen), axis=0) for name, values in settings.items()}
+    piece = max(1, round(steps / PIECES))
+    available = np.broadcast_to(train_rows or len(task.train["source"]), count)
+    orders = _orders(chosen, piece * PIECES, available).reshape(-1, PIECES, piece, ROWS)
+
+    def start(setting, seed):
+        return init_state(*make(**setting), jax.random.PRNGKey(seed))
+
+    def advance(setting, state, order, rows):
+        step = make_train_step(*make(**setting), bos=BOS, smoothing=0.0)
+
+        def body(state, chosen):
+            state, metrics = step(state, jax.tree.map(lambda x: x[chosen], rows))
+            return state, metrics["loss"]
+
+        return jax.lax.scan(body, state, order)
+
+    @jax.jit
+    def look(params):
+        # One after another: the probes look at many rows, and memory would be short.
+        return jax.lax.map(lambda sp: probe(make(**sp[0]).model, sp[1], task), (flat, params))
+
+    advance_all = jax.jit(jax.vmap(advance, in_axes=(0, 0, 0, None)), donate_argnums=1)
+    states = jax.jit(jax.vmap(start))(flat, jnp.tile(jnp.asarray(chosen), count))
+    losses, seen = [], []
+    for done in range(PIECES + 1):
+        if done:
+            states, loss = advance_all(flat, states, orders[:, done - 1], task.train)
+            losses.append(np.asarray(loss))
+            budget.report(done / PIECES, f"{shape[0]} × {shape[1]} models  loss {loss.mean():.3f}")
+        if done in probe_at:
+            seen.append(jax.device_get(look(states.params)))
+    probes = {k: np.stack([s[k] for s in seen], 1) for k in seen[0]} if seen else {}
+    return jax.tree.map(
+        lambda x: np.asarray(x).reshape(*shape, *x.shape[1:]),
+        Trained(np.concatenate(losses, 1), states.params, probes),
+    )
