@@ -156,7 +156,7 @@ def _draw(losses: dict[str, np.ndarray], worthless: float) -> Figure:
             drawing.bands(plot, steps, {"without clipping": shown[0], "clipped": shown[1]})
             drawing.level(plot, worthless, "knows frequencies only")
             plot.set_ylim(0, 8.2)
-            drawing.label(plot, "step", "training loss, nats a sound")
+            drawing.label(plot, "step", "training loss, nats a sound" if plot is axes[0] else "")
     return figure
 
 

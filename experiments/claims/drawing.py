@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 
 from experiments.figures import GRID, INK, LINES, MUTED, inline
 
-_WIDTH, _HEIGHT = 3.7, 2.5  # inches of one panel
+_WIDTH, _HEIGHT = 11.1, 2.5  # inches of up to three panels, which share the width
 
 
 def panels(*titles: str) -> tuple[Figure, list[Axes]]:
     """A figure with one plain plot for each title, side by side."""
-    figure = Figure(figsize=(_WIDTH * len(titles), _HEIGHT), dpi=72, layout="constrained")
+    width = _WIDTH * min(1, len(titles) / 3)
+    figure = Figure(figsize=(width, _HEIGHT), dpi=72, layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(1, len(titles))))
     for plot, title in zip(axes, titles, strict=True):
         plot.set_title(title, fontsize=11, color=INK, loc="left", weight="bold")
@@ -47,7 +48,7 @@ def bands(axes: Axes, x: Sequence[float], values: dict[str, Any]) -> None:
 
 def points(axes: Axes, values: dict[str, Any]) -> None:
     """A column of points for each name, one a seed, and a bar at their mean."""
-    for place, (name, drawn) in enumerate(values.items()):
+    for place, drawn in enumerate(values.values()):
         drawn, colour = np.asarray(drawn), LINES[place % len(LINES)]
         spread = np.linspace(-0.12, 0.12, len(drawn)) if len(drawn) > 1 else np.zeros(1)
         axes.plot(place + spread, drawn, "o", ms=4, color=colour, alpha=0.75)
@@ -131,6 +132,6 @@ def evidence(figure: Figure, name: str, description: str, subclaims: Sequence[di
         f"<style>{style}</style>"
         f'<rect x="-12" y="-10" width="100%" height="100%" style="fill:var(--card,#fff)"/>'
         f"{above.replace('<svg', place, 1)}"
-        f'<text x="{_LEFT}" y="{shown + 18:.1f}" class="claim-small">effect (dot) and 95 % interval '
-        f"(bar); dashed: the threshold δ</text>{strips}</svg>\n"
+        f'<text x="{_LEFT}" y="{shown + 18:.1f}" class="claim-small">effect (dot) and 95 % '
+        f"interval (bar); dashed: the threshold δ</text>{strips}</svg>\n"
     )

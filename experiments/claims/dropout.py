@@ -47,7 +47,7 @@ def _expectation_error(seed: int) -> float:
 
 def _train(budget: Budget) -> tuple[np.ndarray, np.ndarray]:
     """Validation and training losses [rates, (small, all), seeds, probes]."""
-    task, steps = study.pronunciation(), budget.steps(600)
+    task, steps = study.pronunciation(), budget.steps(400)
 
     def one_rate(rate: float) -> dict[str, np.ndarray]:
         def make(unused: Array) -> study.Trainee:

@@ -1,5 +1,7 @@
 """Question 7: what is the feed-forward network, and what is it for?"""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,11 +36,16 @@ HYPOTHESES = {
 }  # fmt: skip
 
 
-def without_relu(
-    x: Array, w1: Array, b1: Array, w2: Array, b2: Array, *, compute_dtype: str | None = None
-) -> Array:
-    """(xW₁ + b₁)W₂ + b₂: the same parameters, but a linear map."""
-    return linear(linear(x, w1, compute_dtype) + b1, w2, compute_dtype) + b2
+def leaky(slope: float | Array) -> Callable[..., Array]:
+    """The network with slope·h for h < 0: 0 is ReLU, 1 the identity, and the map is affine."""
+
+    def feed_forward(
+        x: Array, w1: Array, b1: Array, w2: Array, b2: Array, *, compute_dtype: str | None = None
+    ) -> Array:
+        hidden = linear(x, w1, compute_dtype) + b1
+        return linear(jnp.where(hidden > 0, hidden, slope * hidden), w2, compute_dtype) + b2
+
+    return feed_forward
 
 
 def nothing(x: Array, *weights: Array, compute_dtype: str | None = None) -> Array:
@@ -46,14 +53,26 @@ def nothing(x: Array, *weights: Array, compute_dtype: str | None = None) -> Arra
     return jnp.zeros_like(x)
 
 
+def _reference(x: np.ndarray, w1: np.ndarray, b1: np.ndarray, w2: np.ndarray, b2: np.ndarray):
+    """The formula in float64, sum by sum: [L, D] -> [L, D]."""
+    y = np.zeros((len(x), len(b2)))
+    for i, row in enumerate(x):
+        hidden = [
+            max(0.0, sum(row[d] * w1[d, f] for d in range(len(row))) + b1[f])
+            for f in range(len(b1))
+        ]
+        for d in range(len(b2)):
+            y[i, d] = sum(h * w2[f, d] for f, h in enumerate(hidden)) + b2[d]
+    return y
+
+
 def _formula_errors(seed: int) -> dict[str, float]:
     keys = jax.random.split(jax.random.key(seed), 5)
     shapes = {"x": (6, 8), "w1": (8, 32), "b1": (32,), "w2": (32, 8), "b2": (8,)}
     drawn = [jax.random.normal(k, s) / 3 for k, s in zip(keys, shapes.values(), strict=True)]
-    x, w1, b1, w2, b2 = (np.asarray(a, np.float64) for a in drawn)
-    expected = np.maximum(0, x @ w1 + b1) @ w2 + b2
+    expected = _reference(*(np.asarray(a, np.float64) for a in drawn))
     jacobian = np.array(jax.jacrev(tfm.feed_forward)(*drawn))  # [L, D, L, D]
-    for position in range(len(x)):
+    for position in range(len(expected)):
         jacobian[position, :, position] = 0  # leaves the derivatives between different ones
     return {
         "formula": float(np.abs(tfm.feed_forward(*drawn) - expected).max()),
@@ -64,19 +83,19 @@ def _formula_errors(seed: int) -> dict[str, float]:
 def _train(budget: Budget) -> dict[str, np.ndarray]:
     """Validation losses [seeds] of each kind of model."""
     task, steps = study.pronunciation(), budget.steps(500)
-    kinds = {
-        "ReLU": tfm.Transformer(task.config()),
-        "identity": tfm.Transformer(task.config(), tfm.Functions(feed_forward=without_relu)),
-        "no FFN": tfm.Transformer(
-            task.config(d_model=WIDER, d_ff=1), tfm.Functions(feed_forward=nothing)
-        ),
-    }
-    losses = {}
-    for name, model in kinds.items():
-        trainee = study.Trainee(model, study.optimizer(steps))
-        trained = study.train(budget, task, lambda trainee=trainee: trainee, steps)
-        losses[name] = trained.probes["loss"][0, :, 0]
-    return losses
+
+    def one(slopes: tuple[float, ...], network: Callable, **changes: int) -> np.ndarray:
+        def make(slope: Array) -> study.Trainee:
+            functions = tfm.Functions(feed_forward=network(slope))
+            model = tfm.Transformer(task.config(**changes), functions)
+            return study.Trainee(model, study.optimizer(steps))
+
+        trained = study.train(budget, task, make, steps, {"slope": slopes})
+        return trained.probes["loss"][..., -1]
+
+    relu, identity = one((0.0, 1.0), leaky)
+    (none,) = one((0.0,), lambda slope: nothing, d_model=WIDER, d_ff=1)
+    return {"ReLU": relu, "identity": identity, "no FFN": none}
 
 
 def _draw(losses: dict[str, np.ndarray], seed: int) -> Figure:
@@ -88,9 +107,12 @@ def _draw(losses: dict[str, np.ndarray], seed: int) -> Figure:
         jax.random.normal(k, s) for k, s in zip(keys, ((8, 8), (8, 32), (32, 8)), strict=True)
     )
     between = jax.jacrev(lambda x: tfm.feed_forward(x, w1, jnp.zeros(32), w2, jnp.zeros(8)))(x)
-    sizes = np.log10(np.sqrt(np.square(between).sum((1, 3))) + 1e-12)
-    image = jacobian.imshow(sizes, cmap="Blues")
-    figure.colorbar(image, ax=jacobian, label="log₁₀ size of the derivative")
+    sizes = np.sqrt(np.square(between).sum((1, 3)))
+    image = jacobian.imshow(sizes / sizes.max(), cmap="Blues", vmin=0, vmax=1)
+    scale = figure.colorbar(image, ax=jacobian)
+    scale.set_label("norm of the derivative\nover the largest", fontsize=9, color=drawing.MUTED)
+    scale.ax.tick_params(length=0, labelsize=9, colors=drawing.MUTED)
+    scale.outline.set_visible(False)
     jacobian.grid(False)
     drawing.label(jacobian, "position of the input", "position of the output")
     return figure

@@ -17,7 +17,7 @@ from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Tex
 from experiments.vocabulary import EOS
 from tfm.precision import linear
 
-HEADS = (1, 2, 4, 8, 16)  # at d_model 64; the claims compare 1 with 4
+HEADS = (1, 2, 4, 8)  # at d_model 64; the claims compare 1 with 4
 MANY = 4
 SMALL = 256  # packed rows, about 1,200 words: few enough to be learned by heart
 PAIRS = 12  # timed pairs
@@ -176,7 +176,7 @@ def _probe(model: tfm.Transformer, params: chex.ArrayTree, task: study.Task) -> 
 
 def _train(budget: Budget) -> dict[int, dict[str, np.ndarray]]:
     """h -> probes [(small, all), seeds, 1, ...]."""
-    task, steps = study.pronunciation(), budget.steps(500)
+    task, steps = study.pronunciation(), budget.steps(400)
 
     def one(heads: int) -> dict[str, np.ndarray]:
         def make(unused: Array) -> study.Trainee:
@@ -214,7 +214,7 @@ def _draw(found: dict[int, dict[str, np.ndarray]]) -> Figure:
 
 
 def measure(budget: Budget) -> tuple[dict[str, Estimate], Figure]:
-    """Speed at the paper's width; then h = 1 … 16, on a small and on the whole training set."""
+    """Speed at the paper's width; then h = 1 … 8, on a small and on the whole training set."""
     speed = _speed()
     found = _train(budget)
     one, many = found[1], found[MANY]

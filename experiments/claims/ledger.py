@@ -41,7 +41,7 @@ PRESETS = {
 }
 
 _SECONDS = dict.fromkeys(CLAIMS, 60.0)
-"""What each takes in the default preset on two cores, for the time left; measured, not a promise."""
+"""What each takes in the default preset on two cores, for the time left alone."""
 
 
 class ClaimsError(UserError):

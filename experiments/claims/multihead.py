@@ -26,11 +26,12 @@ HYPOTHESES = {
     "full_rank": Hypothesis(
         Text("A trained head uses all d_k dimensions of its subspace.",
              "训练后的每个头都用到其子空间的全部 d_k 维。"),
-        "effective rank of W_Qᵢ over d_k, mean of the heads", 0.75),
+        "effective rank of W_Qᵢ and W_Kᵢ over d_k, mean of the heads", 0.75),
     "apart": Hypothesis(
         Text("Trained heads look at different subspaces: they overlap less than random ones.",
              "训练后的各头关注不同子空间：重叠小于随机子空间。"),
-        "overlap of random subspaces minus that of trained heads (1: the same subspace)", 0.02),
+        "overlap of random subspaces minus that of trained heads' W_Q and W_K (1: the same "
+        "subspace)", 0.02),
     "better": Hypothesis(
         Text("It performs better than one head of the same size (h = 4 against 1).",
              "它优于同样大小的单头（h = 4 对 1）。"),
@@ -88,10 +89,10 @@ def effective_rank(w: np.ndarray, heads: int) -> float:
     return float(np.mean(shares))
 
 
-def _queries(params: dict) -> list[np.ndarray]:
-    """W_Q of every attention in one model."""
+def _projections(params: dict) -> list[np.ndarray]:
+    """W_Q and W_K of every attention in one model: what a head compares."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    return [leaf for path, leaf in flat if path[-1].key == "w_q"]
+    return [leaf for path, leaf in flat if path[-1].key in ("w_q", "w_k")]
 
 
 def _train(budget: Budget) -> tuple[dict[int, np.ndarray], list[dict], list[dict]]:
@@ -115,11 +116,11 @@ def _draw(losses: dict, overlaps: dict, ranks: dict, chance: float) -> Figure:
     drawing.label(quality, "at d_model 64", "validation loss, nats a sound")
     drawing.points(apart, overlaps)
     drawing.level(apart, chance, "random subspaces")
-    drawing.label(apart, "W_Q of 4 heads", "mean squared cosine")
+    drawing.label(apart, f"W_Q, W_K of {MANY} heads", "mean squared cosine")
     drawing.points(rank, ranks)
     rank.set_ylim(0, 1.05)
     drawing.level(rank, HYPOTHESES["full_rank"].threshold, "δ")
-    drawing.label(rank, "W_Q of 4 heads", "effective rank / d_k")
+    drawing.label(rank, f"W_Q, W_K of {MANY} heads", "effective rank / d_k")
     return figure
 
 
@@ -130,7 +131,7 @@ def measure(budget: Budget) -> tuple[dict[str, Estimate], Figure]:
 
     def each(function) -> dict[str, list[float]]:
         return {
-            name: [np.mean([function(w, MANY) for w in _queries(params)]) for params in models]
+            name: [np.mean([function(w, MANY) for w in _projections(params)]) for params in models]
             for name, models in times.items()
         }
 

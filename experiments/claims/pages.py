@@ -50,7 +50,8 @@ first seed {seed}, {minutes:.0f} minutes on the machine that wrote this page."""
     "zh": """每个结论都由运行之前就写在代码里的规则得出：效应的 95 % 区间高于阈值 δ 为*成立*，
 低于 δ 为*不成立*，跨越 δ 为*未定*；若相应的保留意见也成立，则为*成立，但有保留*。
 训练的效应是按种子配对的差（t 区间），比例用 Wilson 区间，公式的效应是“上界减最大误差”。
-模型很小，数据为 CMUdict；预设 `{preset}`，首个种子 {seed}，写出本页的机器用了 {minutes:.0f} 分钟。""",
+模型很小，数据为 CMUdict；预设 `{preset}`，首个种子 {seed}，
+写出本页的机器用了 {minutes:.0f} 分钟。""",
 }
 
 
@@ -120,7 +121,10 @@ def _section(record: Record, folder: Path) -> Section:
 
 def _tiles(records: Sequence[Record]) -> str:
     verdicts = [s["verdict"] for r in records for s in r["subclaims"]]
-    tiles = [("Questions", len(records), "of 11"), ("Statements", len(verdicts), "each with a rule")]
+    tiles = [
+        ("Questions", len(records), "of 11"),
+        ("Statements", len(verdicts), "each with a rule"),
+    ]
     for name in _ZH:
         tiles.append((name.capitalize(), verdicts.count(name), "statements"))
     tiles.append(("Minutes", f"{_minutes(records):.1f}", "all measurements"))

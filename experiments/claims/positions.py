@@ -12,7 +12,11 @@ from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Tex
 
 LENGTH, D_MODEL = 100_000, 512  # of the table whose rows are told apart
 SHIFTS = (1, 7, 100, 1000)
+STRETCHES = (0, 50_000, 94_000)  # where the stretches of 5,000 positions begin that are shifted
+LEARNED = {"positions": "learned", "max_learned_positions": 40}
+MARGIN = 0.02  # nats a sound: losses closer than that are called equal
 TRAINED, LONGER = range(4, 9), range(9, 13)  # lengths of the sequences to be written backwards
+PROBES = (0, 4, 8, 12, 16, 20)  # the pieces of that training after which the share is taken
 
 HYPOTHESES = {
     "distinct": Hypothesis(
@@ -22,10 +26,10 @@ HYPOTHESES = {
     "rotation": Hypothesis(
         Text("A shift is a rotation: PE(i + Δ) = R(Δ) PE(i), with one R(Δ) for every i.",
              "平移就是旋转：PE(i + Δ) = R(Δ) PE(i)，R(Δ) 与 i 无关。"),
-        "largest |error| over i < 5000, Δ = 1 … 1000", bound=1e-6),
+        "largest |error| in f32, i in three stretches up to 10⁵, Δ = 1 … 1000", bound=1e-6),
     "relative": Hypothesis(
         Text("PE(i)·PE(i + Δ) depends on Δ alone.", "PE(i)·PE(i + Δ) 只取决于 Δ。"),
-        "largest spread over i < 5000, as a share of d_model/2", bound=1e-6),
+        "largest spread over the same i, as a share of PE(i)·PE(i) = d_model/2", bound=1e-6),
     "blind": Hypothesis(
         Text("Without positions the encoder is blind to order: permuted in, permuted out.",
              "没有位置编码时，编码器对次序视而不见：输入重排，输出随之重排。"),
@@ -38,9 +42,9 @@ HYPOTHESES = {
         Text("Pronouncing words is learned better with them.", "有位置编码，发音任务学得更好。"),
         "validation loss without positions minus with them, nats a sound", 0.02),
     "as_learned": Hypothesis(
-        Text("Sinusoids are as good as learned positions, to 0.02 nats.",
-             "正弦编码与可学习的位置编码一样好（相差不超过 0.02 nat）。"),
-        "validation loss with learned positions minus with sinusoids, nats a sound", -0.02),
+        Text("Sinusoids and learned positions come out equal, to 0.02 nats a sound.",
+             "正弦编码与可学习的位置编码效果相当，相差不超过每音 0.02 nat。"),
+        f"{MARGIN} minus the size of the difference in validation loss, nats a sound"),
     "longer": Hypothesis(
         Text("They carry over to lengths longer than in training (9–12 after 4–8).",
              "能推广到比训练时更长的序列（训练 4–8，测试 9–12）。"),
@@ -48,10 +52,13 @@ HYPOTHESES = {
 }  # fmt: skip
 
 
-def nowhere(positions: int | Array, d_model: int) -> Array:
-    """No positional encoding: zeros."""
-    shape = (positions,) if isinstance(positions, int) else positions.shape
-    return jnp.zeros((*shape, d_model))
+def scaled(factor: float | Array) -> tfm.Functions:
+    """The model's functions with PE times `factor`: 1 is the paper's, 0 is no position at all."""
+    return tfm.Functions(
+        sinusoidal_positions=lambda where, d_model: (
+            factor * tfm.sinusoidal_positions(where, d_model)
+        )
+    )
 
 
 def _distances() -> np.ndarray:
@@ -66,26 +73,28 @@ def _distances() -> np.ndarray:
 
 
 def _shift_errors() -> dict[str, float]:
-    """R(Δ) turns the k-th pair of features by the angle Δ / 10000^{2k/d_model}; in float64."""
-    table = np.asarray(tfm.sinusoidal_positions(5000 + max(SHIFTS), D_MODEL), np.float64)
-    sin, cos = table[:, 0::2], table[:, 1::2]
+    """R(Δ) turns the k-th pair of features by the angle Δ / 10000^{2k/d_model}."""
     frequencies = 10000.0 ** (-np.arange(0, D_MODEL, 2) / D_MODEL)
-    rotation = relative = 0.0
-    for shift in SHIFTS:
-        s, c = np.sin(shift * frequencies), np.cos(shift * frequencies)
-        later = slice(shift, 5000 + shift)
-        turned = (sin[:5000] * c + cos[:5000] * s, cos[:5000] * c - sin[:5000] * s)
-        for got, expected in zip(turned, (sin[later], cos[later]), strict=True):
-            rotation = max(rotation, np.abs(got - expected).max())
-        products = (table[:5000] * table[later]).sum(1)
-        relative = max(relative, np.ptp(products) / (D_MODEL / 2))
-    return {"rotation": float(rotation), "relative": float(relative)}
+    rotation, products = 0.0, {shift: [] for shift in SHIFTS}
+    for start in STRETCHES:
+        where = jnp.arange(start, start + 5000 + max(SHIFTS))
+        table = np.asarray(tfm.sinusoidal_positions(where, D_MODEL), np.float64)
+        sin, cos = table[:, 0::2], table[:, 1::2]
+        for shift in SHIFTS:
+            s, c = np.sin(shift * frequencies), np.cos(shift * frequencies)
+            later = slice(shift, 5000 + shift)
+            turned = (sin[:5000] * c + cos[:5000] * s, cos[:5000] * c - sin[:5000] * s)
+            for got, expected in zip(turned, (sin[later], cos[later]), strict=True):
+                rotation = max(rotation, float(np.abs(got - expected).max()))
+            products[shift].append((table[:5000] * table[later]).sum(1))
+    relative = max(float(np.ptp(np.concatenate(found))) for found in products.values())
+    return {"rotation": rotation, "relative": relative / (D_MODEL / 2)}
 
 
 def _equivariance_error(seed: int) -> float:
     config = tfm.TransformerConfig(vocab_size=30, d_model=32, d_ff=64, num_heads=4,
                                    num_encoder_layers=2, num_decoder_layers=1)  # fmt: skip
-    model = tfm.Transformer(config, tfm.Functions(sinusoidal_positions=nowhere))
+    model = tfm.Transformer(config, scaled(0.0))
     tokens = jax.random.randint(jax.random.key(seed), (1, 12), 3, 30)
     variables = model.init(jax.random.key(seed), tokens, tokens)
     order = jax.random.permutation(jax.random.key(seed + 1), 12)
@@ -99,30 +108,28 @@ def _train(budget: Budget) -> tuple[dict[str, np.ndarray], dict[str, dict[str, n
     """Losses in pronouncing [seeds]; {'right', 'longer'} shares in reversing [seeds, probes]."""
     words, backwards = study.pronunciation(), study.reversal(TRAINED)
     longer = study.reversal(LONGER, seed=1).valid
-    kinds = {
-        "sinusoidal": (tfm.Functions(), {}),
-        "none": (tfm.Functions(sinusoidal_positions=nowhere), {}),
-        "learned": (tfm.Functions(), {"positions": "learned", "max_learned_positions": 40}),
-    }
 
     def probe(model, params, task):
         found = study.judge_batch(model, params, task.valid)
         at_length = study.judge_batch(model, params, longer)
         return {"right": 1 - found["wrong"], "longer": 1 - at_length["wrong"]}
 
-    def one(task, kind: str, steps: int, **options):
-        functions, changes = kinds[kind]
-        model = tfm.Transformer(task.config(**changes), functions)
-        trainee = study.Trainee(model, study.optimizer(steps))
-        return study.train(budget, task, lambda: trainee, steps, **options).probes
+    def one(task: study.Task, steps: int, factors: tuple[float, ...], changes: dict, **options):
+        def make(factor: Array) -> study.Trainee:
+            model = tfm.Transformer(task.config(**changes), scaled(factor))
+            return study.Trainee(model, study.optimizer(steps))
 
-    losses = {k: one(words, k, budget.steps(500))["loss"][0, :, 0] for k in kinds}
+        return study.train(budget, task, make, steps, {"factor": factors}, **options).probes
+
+    fixed = one(words, budget.steps(500), (1.0, 0.0), {})["loss"][..., -1]
+    # The factor of the sinusoids has no part in a model that learns its positions.
+    learned = one(words, budget.steps(500), (1.0,), LEARNED)["loss"][0, :, -1]
     at = {"probe": probe, "probe_at": PROBES}
-    shares = {k: one(backwards, k, budget.steps(1000), **at) for k in ("sinusoidal", "none")}
-    return losses, {k: {n: v[0] for n, v in found.items()} for k, found in shares.items()}
-
-
-PROBES = (0, 4, 8, 12, 16, 20)
+    shares = one(backwards, budget.steps(1000), (1.0, 0.0), {}, **at)
+    return (
+        {"sinusoidal": fixed[0], "none": fixed[1], "learned": learned},
+        {kind: {n: v[i] for n, v in shares.items()} for i, kind in enumerate(("with", "without"))},
+    )
 
 
 def _draw(distances: np.ndarray, losses: dict, shares: dict) -> Figure:
@@ -137,15 +144,23 @@ def _draw(distances: np.ndarray, losses: dict, shares: dict) -> Figure:
     drawing.label(apart, "Δ, positions", "‖PE(i + Δ) − PE(i)‖")
     done = np.array(PROBES) / study.PIECES * 100
     drawing.bands(reversing, done, {
-        "with positions": shares["sinusoidal"]["right"],
-        "without": shares["none"]["right"],
-        "with, longer ones": shares["sinusoidal"]["longer"],
+        "with positions": shares["with"]["right"],
+        "without": shares["without"]["right"],
+        "with, longer ones": shares["with"]["longer"],
     })  # fmt: skip
     reversing.set_ylim(-0.02, 1.02)
     drawing.label(reversing, "steps done, %", "share of sequences right")
     drawing.points(words, losses)
     drawing.label(words, "positions", "validation loss, nats a sound")
     return figure
+
+
+def _equal(difference: Estimate, margin: float) -> Estimate:
+    """margin − |difference|: above 0 where the whole interval lies within ± margin."""
+    low, high = difference.interval
+    most, least = max(abs(low), abs(high)), max(low, -high, 0.0)
+    return Estimate(margin - abs(difference.effect), (margin - most, margin - least),
+                    difference.seeds)  # fmt: skip
 
 
 def measure(budget: Budget) -> tuple[dict[str, Estimate], Figure]:
@@ -156,10 +171,10 @@ def measure(budget: Budget) -> tuple[dict[str, Estimate], Figure]:
     right = {kind: found["right"][:, -1] for kind, found in shares.items()}
     estimates = {name: exact(error) for name, error in errors.items()} | {
         "distinct": exact(distances.min()),
-        "repairs": paired_t(right["sinusoidal"] - right["none"]),
+        "repairs": paired_t(right["with"] - right["without"]),
         "pronunciation": paired_t(losses["none"] - losses["sinusoidal"]),
-        "as_learned": paired_t(losses["learned"] - losses["sinusoidal"]),
-        "longer": paired_t(shares["sinusoidal"]["longer"][:, -1]),
+        "as_learned": _equal(paired_t(losses["learned"] - losses["sinusoidal"]), MARGIN),
+        "longer": paired_t(shares["with"]["longer"][:, -1]),
     }
     return estimates, _draw(distances, losses, shares)
 

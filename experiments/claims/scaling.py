@@ -12,7 +12,9 @@ from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Tex
 
 SIZES = (4, 16, 64, 256, 1024, 4096)  # d_k
 QUERIES, KEYS = 256, 64
-SILENT = 0.01  # a Jacobian of this norm passes next to nothing on; a uniform softmax has 1/√K ≈ 0.12
+SILENT = (
+    0.01  # a Jacobian of this norm passes next to nothing on; a uniform softmax has 1/√K ≈ 0.12
+)
 D_MODEL = 64
 EXPONENTS = {"no factor": 0.0, "1/√d_k": 0.5, "1/d_k": 1.0}
 

@@ -99,10 +99,11 @@ def reversal(lengths: range, symbols: int = 16, seed: int = 0) -> Task:
 
 
 def optimizer(
-    steps: int, learning_rate: float = LEARNING_RATE, warmup: float = 0.1, clip: float = 1.0
+    steps: int, learning_rate: float | Array = LEARNING_RATE
 ) -> optax.GradientTransformation:
-    """The optimizer of the studies; `warmup` is a share of the steps."""
-    return make_optimizer(cosine_schedule(learning_rate, round(warmup * steps), steps), clip)
+    """The optimizer of the studies: a tenth of the steps is warm-up; the peak may be traced."""
+    shape = cosine_schedule(1.0, steps // 10, steps)
+    return make_optimizer(lambda count: learning_rate * shape(count), 1.0)
 
 
 def forward(model: Transformer, params: chex.ArrayTree, batch: Batch, **options: Any) -> Any:
