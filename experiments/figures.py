@@ -77,7 +77,7 @@ def inline(figure: Figure, name: str, description: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = body.replace("xlink:href", "href")  # the prefix needs a declaration outside HTML
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to these
-    body = re.sub(r" font-family: [^;]*;", "", body)  # the page has one
+    body = re.sub(r' font-family: [^;"]*;?', "", body)  # the page has one
     for stand_in, variable in _PAINT.items():
         body = body.replace(stand_in, variable)
     width, height = figure.get_size_inches() * 72
