@@ -156,7 +156,7 @@ def _activations(
 
 def _train(budget: Budget) -> dict[tuple[str, str], study.Trained]:
     """Post-LN, pre-LN and no normalisation, by name and setting; each [seeds, ...]."""
-    task, steps = study.pronunciation(), budget.steps(300)
+    task, steps = study.pronunciation(), budget.steps(250)
     found = {}
     for placement, runs in TRAINED.items():
         config = task.config(
@@ -237,7 +237,7 @@ def _draw(
     norms = {f"{name}-LN": g / g[:, :1] for name, g in gradients.items()}
     drawing.bands(gradient, np.arange(DEEP) + 1, norms)
     gradient.set_ylim(bottom=0)
-    drawing.label(gradient, "decoder layer", "norm of W₁'s gradient over the first's")
+    drawing.label(gradient, "decoder layer", "gradient of W₁, norm over the first's")
     ends = {
         f"{kind[:-3]},\n{words}": trained[kind, setting].probes["loss"][:, -1]
         for kind in ("post-LN", "pre-LN")

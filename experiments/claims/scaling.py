@@ -109,7 +109,7 @@ def _make(task: study.Task, heads: int, steps: int):
 
 def _train(budget: Budget, heads: int) -> np.ndarray:
     """Validation losses [exponents, seeds, (early, end)]."""
-    task, steps = study.pronunciation(), budget.steps(500)
+    task, steps = study.pronunciation(), budget.steps(400)
     settings = {"exponent": list(EXPONENTS.values())}
     make = _make(task, heads, steps)
     trained = study.train(budget, task, make, steps, settings, probe_at=(2, study.PIECES))

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import tfm
 from experiments.claims import feedforward, study
@@ -10,6 +11,7 @@ from experiments.claims.feedforward import CLAIM
 TASK = study.reversal(range(2, 4), symbols=5)
 
 
+@pytest.mark.slow
 def test_every_statement_is_measured_and_the_formula_holds(monkeypatch):
     monkeypatch.setattr(study, "pronunciation", lambda: TASK)
     estimates, figure = CLAIM.measure(Budget(seeds=2, many=16, effort=0.02))

@@ -12,6 +12,7 @@ from tfm.training import init_params
 TASK = study.reversal(range(2, 4), symbols=5)
 
 
+@pytest.mark.slow
 def test_every_statement_is_measured_and_the_formulas_hold(monkeypatch):
     monkeypatch.setattr(study, "pronunciation", lambda: TASK)
     monkeypatch.setattr(layernorm, "DEEP", 2)

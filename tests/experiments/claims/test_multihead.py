@@ -31,6 +31,7 @@ def measured(trained):
         return multihead.measure(BUDGET)
 
 
+@pytest.mark.slow
 def test_every_estimate_is_finite_and_the_formulas_hold(measured):
     estimates, figure = measured
     for row in judge(multihead.HYPOTHESES, estimates):

@@ -35,6 +35,7 @@ def measured(scores):
         return output.measure(BUDGET)
 
 
+@pytest.mark.slow
 def test_every_estimate_is_finite_and_the_formulas_hold(measured):
     estimates, figure = measured
     for row in judge(output.HYPOTHESES, estimates):

@@ -10,6 +10,7 @@ from experiments.claims.positions import CLAIM
 TASK = study.reversal(range(2, 4), symbols=5)
 
 
+@pytest.mark.slow
 def test_every_statement_is_measured_and_the_formulas_hold(monkeypatch):
     monkeypatch.setattr(study, "pronunciation", lambda: TASK)
     estimates, figure = CLAIM.measure(Budget(seeds=2, many=16, effort=0.02))
