@@ -1,0 +1,1 @@
+"""Notebooks: percent-format scripts, and executed copies beside them (see `execute`)."""

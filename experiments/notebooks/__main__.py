@@ -1,0 +1,38 @@
+"""Executes the notebooks, and writes the executed copies (.ipynb) beside the scripts.
+
+With TFM_NOTEBOOK_SIZE=tiny it only checks that they run, in a minute, and writes nothing.
+"""
+
+import argparse
+import sys
+import time
+
+from experiments.errors import UserError
+
+
+def main() -> None:
+    """Executes all notebooks, or those named; exit code 1 names the cell that failed."""
+    try:
+        from experiments.notebooks.execute import NAMES, TINY, execute, save, size
+    except ModuleNotFoundError as error:
+        needed = "pip install -r requirements-notebooks.txt"
+        print(f"error: there is no {error.name}: {needed}", file=sys.stderr)
+        sys.exit(2)
+    parser = argparse.ArgumentParser(prog="python -m experiments.notebooks", description=__doc__)
+    parser.add_argument("names", nargs="*", default=NAMES, help=f"of {', '.join(NAMES)}")
+    names = parser.parse_args().names
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"no notebook named {', '.join(sorted(unknown))}")
+    for name in names:
+        started = time.monotonic()
+        try:
+            notebook = execute(name)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        result = "it runs" if size() == TINY else f"written to {save(name, notebook).name}"
+        print(f"{name}: {time.monotonic() - started:.0f} s, {result}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
