@@ -172,7 +172,7 @@ def _question(record: Record, language: str, settings: Record) -> str:
 
 def _contradicted(records: Sequence[Record], language: str) -> str:
     lines = [
-        f"- {_said(s, language)} ({number(s['effect'])}; δ = {s['threshold']:g})"
+        f"- *{record['id']}*: {_said(s, language)} ({number(s['effect'])}; δ = {s['threshold']:g})"
         for record in records
         for s in record["subclaims"]
         if s["verdict"] == "not supported"
