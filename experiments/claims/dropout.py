@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from matplotlib.figure import Figure
 
 import tfm
@@ -13,6 +12,7 @@ from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Tex
 RATES = (0.0, 0.1, 0.3)
 SMALL = 256  # packed rows, about 1,200 words: few enough to be learned by heart
 DRAWS = 2**20
+PROBES = (2, 5, 10, 15, 20)  # the pieces of a training after which it is judged
 
 HYPOTHESES = {
     "expectation": Hypothesis(
@@ -50,20 +50,15 @@ def _train(budget: Budget) -> tuple[np.ndarray, np.ndarray]:
     task, steps = study.pronunciation(), budget.steps(400)
 
     def one_rate(rate: float) -> dict[str, np.ndarray]:
-        def make(unused: Array) -> study.Trainee:
-            model = tfm.Transformer(task.config(dropout_rate=rate))
-            return study.Trainee(model, study.optimizer(steps))
-
+        model = tfm.Transformer(task.config(dropout_rate=rate))
+        trainee = study.Trainee(model, study.optimizer(steps))
         return study.train(
-            budget, task, make, steps, {"unused": [0, 0]},
+            budget, task, lambda: trainee, steps,
             train_rows=(SMALL, len(task.train["source"])), probe_at=PROBES,
         ).probes  # fmt: skip
 
     probes = [one_rate(rate) for rate in RATES]
     return np.stack([p["loss"] for p in probes]), np.stack([p["train_loss"] for p in probes])
-
-
-PROBES = (2, 5, 10, 15, 20)
 
 
 def _draw(valid: np.ndarray, train: np.ndarray) -> Figure:

@@ -12,6 +12,7 @@ from scipy import stats
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
 WITH_CAVEAT = "supported, with a caveat"
 FEWEST_FOR_SHARES = 16
+PIECES = 20  # a training advances in this many equal pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Budget:
     """told how much of a training is done, and how it goes"""
 
     def steps(self, default: int) -> int:
-        """The steps of a training that takes `default` in the default preset."""
-        return max(2, round(default * self.effort))
+        """The steps of a training that takes `default` in the default preset, in whole pieces."""
+        return PIECES * max(1, round(default * self.effort / PIECES))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Question 2: why several heads?"""
 
-import functools
 import time
 from collections.abc import Callable
 
@@ -84,7 +83,10 @@ def _compiled(attend: Callable, heads: int) -> tuple[Callable[[], None], float]:
     keys = jax.random.split(jax.random.key(0), 5)
     x = jax.random.normal(keys[0], (8, 64, 512))
     weights = [jax.random.normal(key, (512, 512)) / 512**0.5 for key in keys[1:]]
-    loss = functools.partial(lambda *a: jnp.square(attend(*a, heads)).sum())
+
+    def loss(*arrays: Array) -> Array:
+        return jnp.square(attend(*arrays, heads)).sum()
+
     program = jax.jit(jax.grad(loss, argnums=range(5))).lower(x, *weights).compile()
     run = lambda: jax.block_until_ready(program(x, *weights))  # noqa: E731
     run()
@@ -158,10 +160,10 @@ def _probe(model: tfm.Transformer, params: chex.ArrayTree, task: study.Task) -> 
     cross, heads = weights["cross"][0], model.config.num_heads
     found = study.judge(model, params, task)
     found["alignment"] = alignment(cross, task.valid)
-    found["map"] = cross[0]
     if heads > 1:
         found["divergence"] = divergence(cross, task.valid["target_segment_ids"] != 0)
     if heads == MANY:
+        found["map"] = cross[0]
         # [kinds · heads] masks, each without one head of one kind of attention
         without = 1 - jnp.eye(3 * heads).reshape(-1, 3, 1, heads)
         names = ("encoder", "decoder", "cross")
@@ -179,12 +181,10 @@ def _train(budget: Budget) -> dict[int, dict[str, np.ndarray]]:
     task, steps = study.pronunciation(), budget.steps(400)
 
     def one(heads: int) -> dict[str, np.ndarray]:
-        def make(unused: Array) -> study.Trainee:
-            model = tfm.Transformer(task.config(num_heads=heads))
-            return study.Trainee(model, study.optimizer(steps))
-
+        model = tfm.Transformer(task.config(num_heads=heads))
+        trainee = study.Trainee(model, study.optimizer(steps))
         return study.train(
-            budget, task, make, steps, {"unused": [0, 0]}, probe=_probe,
+            budget, task, lambda: trainee, steps, probe=_probe,
             train_rows=(SMALL, len(task.train["source"])),
         ).probes  # fmt: skip
 

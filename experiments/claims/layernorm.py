@@ -156,7 +156,7 @@ def _activations(
 
 def _train(budget: Budget) -> dict[tuple[str, str], study.Trained]:
     """Post-LN, pre-LN and no normalisation, by name and setting; each [seeds, ...]."""
-    task, steps = study.pronunciation(), budget.steps(250)
+    task, steps = study.pronunciation(), budget.steps(240)
     found = {}
     for placement, runs in TRAINED.items():
         config = task.config(

@@ -176,6 +176,8 @@ def read_records(file: Path) -> dict[str, dict[str, Any]]:
         return {record["id"]: record for record in records}
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise ClaimsError(f"{file}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ClaimsError(f"{file}: not a ledger of claims ({error!r})") from None
 
@@ -186,9 +188,10 @@ def run(config: ClaimsConfig) -> None:
     file = folder.path / "claims.json"
     records = read_records(file)
     if config.publish is not None:
-        if not records:
-            raise ClaimsError(f"{file}: nothing measured yet to publish")
-        publish(config.publish, records, folder.path, folder.read("config.json") or {})
+        measured_with = folder.read("config.json")
+        if not (records and measured_with):
+            raise ClaimsError(f"{config.run}: nothing measured yet to publish")
+        publish(config.publish, records, folder.path, measured_with)
         return
     settings = {"preset": config.preset, "seed": config.seed}
     folder.check(settings, set())

@@ -6,7 +6,7 @@ paired by seed.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -17,7 +17,7 @@ import optax
 from jax import Array
 
 from experiments import data
-from experiments.claims.evidence import Budget
+from experiments.claims.evidence import PIECES, Budget
 from experiments.packing import packed_rows
 from experiments.vocabulary import BOS, EOS, Vocabulary
 from tfm.config import TransformerConfig
@@ -25,7 +25,6 @@ from tfm.loss import label_smoothed_cross_entropy
 from tfm.model import Transformer, shift_right
 from tfm.training import Batch, cosine_schedule, init_state, make_optimizer, make_train_step
 
-PIECES = 20  # a training advances in this many pieces; probes look at it between them
 ROWS = 16  # packed rows in a batch
 LEARNING_RATE = 2e-3
 SAMPLE = 128  # training rows that the fit to the training data is judged by
@@ -155,41 +154,8 @@ def _orders(seeds: range, steps: int, available: np.ndarray) -> np.ndarray:
     return drawn
 
 
-def train(
-    budget: Budget,
-    task: Task,
-    make: Callable[..., Trainee],
-    steps: int,
-    settings: dict[str, Any] | None = None,
-    *,
-    seeds: int | None = None,
-    train_rows: Any = None,
-    probe: Callable[[Transformer, chex.ArrayTree, Task], dict[str, Array]] = judge,
-    probe_at: tuple[int, ...] = (PIECES,),
-) -> Trained:
-    """Trains every setting from every seed, all together under one vmap.
-
-    Args:
-      make: called with one value of each entry of `settings` by name, traced; what depends on a
-        setting may therefore be a number in the program, but no shape.
-      steps: rounded to a multiple of `PIECES`.
-      settings: name -> values; all of one length.
-      seeds: how many; as many as the budget says where left out.
-      train_rows: for each setting, how many of the training rows it learns from. None: all.
-      probe: looks at the parameters; whatever arrays it returns are collected.
-      probe_at: after which pieces, 0 (before training) to `PIECES`.
-    """
-    settings = {name: jnp.asarray(values) for name, values in (settings or {}).items()}
-    count = len(next(iter(settings.values()))) if settings else 1
-    chosen = range(budget.first_seed, budget.first_seed + (seeds or budget.seeds))
-    shape = (count, len(chosen))
-    flat = {name: jnp.repeat(values, len(chosen), axis=0) for name, values in settings.items()}
-    piece = max(1, round(steps / PIECES))
-    available = np.broadcast_to(train_rows or len(task.train["source"]), count)
-    orders = _orders(chosen, piece * PIECES, available).reshape(-1, PIECES, piece, ROWS)
-
-    def start(setting, seed):
-        return init_state(*make(**setting), jax.random.PRNGKey(seed))
+def _advance(make: Callable[..., Trainee]) -> Callable[..., Any]:
+    """The program of one piece of a training: (setting, state, order, rows) -> state, losses."""
 
     def advance(setting, state, order, rows):
         step = make_train_step(*make(**setting), bos=BOS, smoothing=0.0)
@@ -200,23 +166,66 @@ def train(
 
         return jax.lax.scan(body, state, order)
 
+    return jax.jit(jax.vmap(advance, in_axes=(0, 0, 0, None)), donate_argnums=1)
+
+
+def train(
+    budget: Budget,
+    task: Task,
+    make: Callable[..., Trainee],
+    steps: int,
+    settings: dict[str, Any] | None = None,
+    *,
+    seeds: int | None = None,
+    train_rows: Sequence[int] | None = None,
+    probe: Callable[[Transformer, chex.ArrayTree, Task], dict[str, Array]] = judge,
+    probe_at: tuple[int, ...] = (PIECES,),
+) -> Trained:
+    """Trains every setting from every seed, all together under one vmap.
+
+    Args:
+      make: called with one value of each entry of `settings` by name, traced; what depends on a
+        setting may therefore be a number in the program, but no shape.
+      steps: a multiple of `PIECES`, as `Budget.steps` gives it.
+      settings: name -> values; all of one length. None: one setting, or one for each `train_rows`.
+      seeds: how many; as many as the budget says where left out.
+      train_rows: for each setting, how many of the training rows it learns from. None: all.
+      probe: looks at the parameters; whatever arrays it returns are collected.
+      probe_at: after which pieces, 0 (before training) to `PIECES`.
+
+    Raises:
+      ValueError: steps that are no whole pieces, since the schedule would not end with them.
+    """
+    if steps < 1 or steps % PIECES:
+        raise ValueError(f"steps={steps} must be a multiple of {PIECES}")
+    settings = {name: jnp.asarray(values) for name, values in (settings or {}).items()}
+    count = len(next(iter(settings.values()), train_rows or (0,)))
+    chosen = range(budget.first_seed, budget.first_seed + (seeds or budget.seeds))
+    flat = {name: jnp.repeat(values, len(chosen), axis=0) for name, values in settings.items()}
+    available = np.broadcast_to(train_rows or len(task.train["source"]), count)
+    orders = _orders(chosen, steps, available).reshape(-1, PIECES, steps // PIECES, ROWS)
+
+    def start(setting, seed):
+        return init_state(*make(**setting), jax.random.PRNGKey(seed))
+
     @jax.jit
     def look(params):
         # One after another: the probes look at many rows, and memory would be short.
         return jax.lax.map(lambda sp: probe(make(**sp[0]).model, sp[1], task), (flat, params))
 
-    advance_all = jax.jit(jax.vmap(advance, in_axes=(0, 0, 0, None)), donate_argnums=1)
+    advance = _advance(make)
     states = jax.jit(jax.vmap(start))(flat, jnp.tile(jnp.asarray(chosen), count))
     losses, seen = [], []
     for done in range(PIECES + 1):
         if done:
-            states, loss = advance_all(flat, states, orders[:, done - 1], task.train)
+            states, loss = advance(flat, states, orders[:, done - 1], task.train)
             losses.append(np.asarray(loss))
-            budget.report(done / PIECES, f"{shape[0]} × {shape[1]} models  loss {loss.mean():.3f}")
+            models = f"{count} × {len(chosen)} models"
+            budget.report(done / PIECES, f"{models}  loss {loss.mean():.3f}")
         if done in probe_at:
             seen.append(jax.device_get(look(states.params)))
     probes = {k: np.stack([s[k] for s in seen], 1) for k in seen[0]} if seen else {}
     return jax.tree.map(
-        lambda x: np.asarray(x).reshape(*shape, *x.shape[1:]),
+        lambda x: np.asarray(x).reshape(count, len(chosen), *x.shape[1:]),
         Trained(np.concatenate(losses, 1), states.params, probes),
     )

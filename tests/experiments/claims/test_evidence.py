@@ -100,15 +100,13 @@ def test_wilsons_interval_of_a_worked_example():
     assert wilson(16, 16).interval[1] == 1.0 and wilson(16, 16).interval[0] < 0.82
 
 
-def test_newcombes_interval_of_the_published_example():
-    # Newcombe (1998), Table II, (a): 56/70 - 48/80; here with equal numbers, by his formula.
+def test_the_interval_of_a_difference_is_newcombes():
     found = wilson_difference(14, 4, 16)
-    (p1, (l1, u1)), (p2, (l2, u2)) = (
-        (w.effect, w.interval) for w in (wilson(14, 16), wilson(4, 16))
-    )
-    assert found.effect == pytest.approx(p1 - p2)
-    assert found.interval[0] == pytest.approx(p1 - p2 - math.sqrt((p1 - l1) ** 2 + (u2 - p2) ** 2))
-    assert found.interval[1] == pytest.approx(p1 - p2 + math.sqrt((u1 - p1) ** 2 + (p2 - l2) ** 2))
+    limits = [stats.binomtest(n, 16).proportion_ci(0.95, "wilson") for n in (14, 4)]
+    (l1, u1), (l2, u2) = limits  # scipy's, for 0.875 and 0.25
+    assert found.effect == 0.625 and found.seeds == 16
+    assert found.interval[0] == pytest.approx(0.625 - math.hypot(0.875 - l1, u2 - 0.25))
+    assert found.interval[1] == pytest.approx(0.625 + math.hypot(u1 - 0.875, 0.25 - l2))
 
 
 @pytest.mark.parametrize(

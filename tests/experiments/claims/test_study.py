@@ -58,9 +58,7 @@ def test_the_same_seed_gives_the_same_numbers(trained):
 
 
 def test_few_training_rows_are_learned_by_heart():
-    found = study.train(
-        BUDGET, TASK, lambda unused: make(1e-2), 200, {"unused": [0, 0]}, train_rows=(16, 20_000)
-    ).probes
+    found = study.train(BUDGET, TASK, lambda: make(1e-2), 200, train_rows=(16, 20_000)).probes
     gap = (found["loss"] - found["train_loss"])[..., 0]
     assert found["train_loss"].shape == (2, 2, 1)
     assert (gap[0] > gap[1]).all()
@@ -100,3 +98,15 @@ def test_reversal_is_the_source_backwards():
     assert 2 <= length <= 4
     np.testing.assert_array_equal(row["target"][:length], row["source"][:length][::-1])
     assert row["target"][length] == row["source"][length] == study.EOS
+
+
+@pytest.mark.parametrize("effort", [0.02, 1.0, 4.1])
+def test_a_budget_gives_whole_pieces(effort):
+    steps = Budget(seeds=2, many=16, effort=effort).steps(250)
+    assert steps % study.PIECES == 0 < steps
+    assert abs(steps - 250 * effort) <= study.PIECES
+
+
+def test_steps_that_are_no_whole_pieces_are_refused():
+    with pytest.raises(ValueError, match="steps=50 must be a multiple of 20"):
+        study.train(BUDGET, TASK, lambda: make(1e-2), 50)
