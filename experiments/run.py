@@ -50,10 +50,12 @@ def predict(arguments: list[str]) -> None:
 
 def claims(arguments: list[str]) -> None:
     """Parses the flags, and measures the ledger."""
+    import jax
     import tyro
 
     from experiments.claims.ledger import ClaimsConfig, run
 
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # trainings side by side
     run(tyro.cli(ClaimsConfig, args=arguments, prog="python -m experiments.run claims"))
 
 

@@ -5,6 +5,9 @@ import jax
 import numpy as np
 import pytest
 
+# Two devices on every CPU, so that what is shared out over devices is tested on any machine.
+jax.config.update("jax_num_cpu_devices", 2)
+
 # Tests import `references` and `checks`, which stand beside this file.
 sys.path.append(str(Path(__file__).parent))
 

@@ -40,8 +40,8 @@ PRESETS = {
     "full": Budget(seeds=8, many=32, effort=4.0),
 }
 
-_SECONDS = {"scaling": 129, "heads": 181, "dropout": 138, "attention": 5, "multihead": 66,
-            "positions": 109, "feedforward": 84, "split": 4, "layernorm": 143, "output": 28,
+_SECONDS = {"scaling": 77, "heads": 110, "dropout": 79, "attention": 4, "multihead": 45,
+            "positions": 73, "feedforward": 52, "split": 4, "layernorm": 116, "output": 31,
             "clipping": 65}  # fmt: skip
 """What each takes in the default preset on two cores, for the time left alone."""
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from experiments import data
 from experiments.claims.evidence import PIECES, Budget
@@ -154,8 +156,21 @@ def _orders(seeds: range, steps: int, available: np.ndarray) -> np.ndarray:
     return drawn
 
 
-def _advance(make: Callable[..., Trainee]) -> Callable[..., Any]:
-    """The program of one piece of a training: (setting, state, order, rows) -> state, losses."""
+def _mesh(models: int) -> Mesh:
+    """As many of the devices as can take an equal share of the models."""
+    devices = jax.local_devices()
+    count = max(n for n in range(1, len(devices) + 1) if models % n == 0)
+    return Mesh(np.array(devices[:count]), ("models",))
+
+
+def _programs(
+    models: int, task: Task, make: Callable[..., Trainee], probe: Callable[..., dict[str, Array]]
+) -> tuple[Callable, Callable, Callable]:
+    """(settings, seeds) -> states; (settings, states, orders, rows) -> states, losses, a piece
+    further; (settings, params) -> probes: each of all models at once."""
+
+    def start(setting, seed):
+        return init_state(*make(**setting), jax.random.PRNGKey(seed))
 
     def advance(setting, state, order, rows):
         step = make_train_step(*make(**setting), bos=BOS, smoothing=0.0)
@@ -166,7 +181,21 @@ def _advance(make: Callable[..., Trainee]) -> Callable[..., Any]:
 
         return jax.lax.scan(body, state, order)
 
-    return jax.jit(jax.vmap(advance, in_axes=(0, 0, 0, None)), donate_argnums=1)
+    def look(settings, params):
+        # One after another: the probes look at many rows, and memory would be short.
+        return jax.lax.map(lambda sp: probe(make(**sp[0]).model, sp[1], task), (settings, params))
+
+    mesh, each, same = _mesh(models), P("models"), P()
+
+    def shared_out(function, *specs):
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False)
+
+    advance = jax.vmap(advance, in_axes=(0, 0, 0, None))
+    return (
+        jax.jit(shared_out(jax.vmap(start), each, each)),
+        jax.jit(shared_out(advance, each, each, each, same), donate_argnums=1),
+        jax.jit(shared_out(look, each, each)),
+    )
 
 
 def train(
@@ -182,6 +211,9 @@ def train(
     probe_at: tuple[int, ...] = (PIECES,),
 ) -> Trained:
     """Trains every setting from every seed, all together under one vmap.
+
+    The devices that there are (on a CPU as many as `jax_num_cpu_devices` says) take equal shares
+    of the models, which have nothing to tell each other.
 
     Args:
       make: called with one value of each entry of `settings` by name, traced; what depends on a
@@ -204,17 +236,8 @@ def train(
     flat = {name: jnp.repeat(values, len(chosen), axis=0) for name, values in settings.items()}
     available = np.broadcast_to(train_rows or len(task.train["source"]), count)
     orders = _orders(chosen, steps, available).reshape(-1, PIECES, steps // PIECES, ROWS)
-
-    def start(setting, seed):
-        return init_state(*make(**setting), jax.random.PRNGKey(seed))
-
-    @jax.jit
-    def look(params):
-        # One after another: the probes look at many rows, and memory would be short.
-        return jax.lax.map(lambda sp: probe(make(**sp[0]).model, sp[1], task), (flat, params))
-
-    advance = _advance(make)
-    states = jax.jit(jax.vmap(start))(flat, jnp.tile(jnp.asarray(chosen), count))
+    start, advance, look = _programs(count * len(chosen), task, make, probe)
+    states = start(flat, jnp.tile(jnp.asarray(chosen), count))
     losses, seen = [], []
     for done in range(PIECES + 1):
         if done:
@@ -223,7 +246,7 @@ def train(
             models = f"{count} × {len(chosen)} models"
             budget.report(done / PIECES, f"{models}  loss {loss.mean():.3f}")
         if done in probe_at:
-            seen.append(jax.device_get(look(states.params)))
+            seen.append(jax.device_get(look(flat, states.params)))
     probes = {k: np.stack([s[k] for s in seen], 1) for k in seen[0]} if seen else {}
     return jax.tree.map(
         lambda x: np.asarray(x).reshape(count, len(chosen), *x.shape[1:]),

@@ -57,6 +57,14 @@ def test_the_same_seed_gives_the_same_numbers(trained):
     np.testing.assert_array_equal(again.loss, trained.loss)
 
 
+def test_devices_share_the_models_where_they_can_do_so_equally(trained, monkeypatch):
+    assert [study._mesh(models).size for models in (1, 3, 4, 8)] == [1, 1, 2, 2]
+    one = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: one)
+    alone = study.train(BUDGET, TASK, make, STEPS, {"rate": [0.0, 1e-2]}, probe_at=())
+    np.testing.assert_allclose(alone.loss, trained.loss, rtol=1e-3)
+
+
 def test_few_training_rows_are_learned_by_heart():
     found = study.train(BUDGET, TASK, lambda: make(1e-2), 200, train_rows=(16, 20_000)).probes
     gap = (found["loss"] - found["train_loss"])[..., 0]
