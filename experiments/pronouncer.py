@@ -1,6 +1,7 @@
 """A trained pronouncer: words in, pronunciations out."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from tfm.decoding import Decoded, beam_search, start_decoding
 from tfm.model import Transformer
 from tfm.training import init_params
 
+SHOWN = 60  # characters of a word in a message
 ROWS = 512  # words decoded together: one static shape, so one compilation
 
 
@@ -84,13 +86,14 @@ class Pronouncer:
         folded = word.lower()
         if not folded:
             raise UnpronounceableError("empty line")
+        shown = repr(word) if len(word) <= SHOWN else f"{word[:SHOWN]!r}…"
         unknown = [letter for letter in folded if letter not in self.letters.symbols]
         if unknown:
-            raise UnpronounceableError(f"{word!r}: unknown character {unknown[0]!r}")
+            raise UnpronounceableError(f"{shown}: unknown character {unknown[0]!r}")
         ids = self.letters.encode(folded)
         if len(ids) > self.source_length:
             raise UnpronounceableError(
-                f"{word!r}: {len(folded)} letters, more than the {self.source_length - 1} "
+                f"{shown}: {len(folded)} letters, more than the {self.source_length - 1} "
                 "that the model was trained for"
             )
         return ids
@@ -136,26 +139,33 @@ class Pronouncer:
 
 
 def load(run: str | Path) -> Pronouncer:
-    """The trained model of a run folder.
+    """The trained model of a run folder, config and vocabularies as its checkpoint has them.
 
-    Raises RunFolderError naming what is missing: no such run, or nothing saved in it.
+    A damaged checkpoint is named on standard error, and the one before it taken.
+
+    Raises RunFolderError naming what is missing: no such run, or nothing saved in it;
+    CheckpointError where all that was saved is damaged.
     """
     folder = RunFolder(Path(run))
-    config, vocabularies = folder.read("config.json"), folder.read("vocabularies.json")
-    if config is None or vocabularies is None:
+    if folder.read("config.json") is None:
         raise RunFolderError(f"{run}: not the folder of a pronunciation run (no config.json)")
-    model = Transformer(TransformerConfig(**config["model"]))
-    step = folder.steps_done()
-    if not step:
+    if not folder.checkpoints.is_dir():
         raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
-    like = jax.eval_shape(lambda: init_params(model, jax.random.PRNGKey(0)))
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        step, found = checkpoints.newest()
+        for line in found:
+            print(line, file=sys.stderr)
+        if not step:
+            raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
+        config = checkpoints.notes(step)["identity"]
+        model = Transformer(TransformerConfig(**config["model"]))
+        like = jax.eval_shape(lambda: init_params(model, jax.random.PRNGKey(0)))
         params = checkpoints.restore_params(step, like)
     return Pronouncer(
         model=model,
         params=params,
-        letters=Vocabulary.from_json(vocabularies["letters"]),
-        phones=Vocabulary.from_json(vocabularies["phones"]),
+        letters=Vocabulary.from_json(config["vocabularies"]["letters"]),
+        phones=Vocabulary.from_json(config["vocabularies"]["phones"]),
         source_length=config["source_length"],
         target_length=config["target_length"],
         beam=config["beam"],

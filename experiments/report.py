@@ -13,6 +13,7 @@ import numpy as np
 from experiments.figures import PANELS, attention_map, learning_curve
 from experiments.metrics import GAP, closest_reference, edit_operations
 from experiments.page import Section, page
+from experiments.run_folder import write_text
 
 _INTRO = """A Transformer began with random numbers and learned, from a dictionary alone, to
 turn the letters of a word into its sounds. This page tells how well, how it got there, and where
@@ -81,7 +82,7 @@ def write_report(
         _settings(config, results),
     ]
     html = page(title, _INTRO, command, _tiles(results), sections)
-    Path(path).write_text(html, encoding="utf-8")
+    write_text(Path(path), html)
 
 
 def _duration(seconds: float) -> str:

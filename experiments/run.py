@@ -1,7 +1,9 @@
 """The command line: `python -m experiments.run [EXPERIMENT] [flags]`."""
 
 import argparse
+import logging
 import os
+import signal
 import sys
 
 from experiments.errors import UserError
@@ -71,6 +73,13 @@ def use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def told_in_one_line() -> tuple[type[Exception], ...]:
+    """The errors that a user can mend; imported only when there is one, since that takes long."""
+    from tfm.checkpoint import CheckpointError
+
+    return UserError, CheckpointError
+
+
 def main(arguments: list[str]) -> None:
     """Runs one experiment; what a user can mend is told in one line, with exit code 2."""
     if arguments[:1] in (["--help"], ["-h"], ["help"]):
@@ -81,15 +90,19 @@ def main(arguments: list[str]) -> None:
         print(f"error: no experiment named {name!r}\n\n{usage()}", file=sys.stderr)
         sys.exit(2)
     flags = arguments[1:] if arguments[:1] == [name] else arguments
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's words; its errors are raised
     try:
         globals()[name](flags)
-    except UserError as error:
+    except KeyboardInterrupt:  # a training saves first
+        sys.exit(130)
+    except SystemExit:
+        raise
+    except told_in_one_line() as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # outside the training loop, which saves first
-        sys.exit(130)
 
 
 if __name__ == "__main__":
     use_huge_pages()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a training saves first
     main(sys.argv[1:])

@@ -1,19 +1,34 @@
 """The folder of a run: its resolved config, its metrics, its results."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+import filelock
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
 from experiments.errors import UserError
-from tfm.checkpoint import Checkpoints
+from tfm.manifest import write_durably
 
 
 class RunFolderError(UserError):
     """Why a run folder cannot serve this run."""
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Turns the system's refusals (disk full, read-only …) into one line that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"{path}: {error.strerror or error}") from None
 
 
 def plain(value: Any) -> Any:
@@ -31,11 +46,25 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def differences(
+    old: dict[str, Any], new: dict[str, Any], may_differ: Collection[str] = ()
+) -> list[str]:
+    """`field: old -> new` for each field that differs, fields of nested objects as `a.b`."""
+    before, now = _flat(old), _flat(new)
+    return [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if name not in may_differ and before.get(name) != now.get(name)
+    ]
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes beside `path`, then renames: a reader sees the old file or the new, never a half."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Writes beside `path`, then renames: a reader sees the old file or the new, never a half.
+
+    Raises RunFolderError naming the path, and leaves the old file, where the system refuses.
+    """
+    with named(path):
+        write_durably(path, text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,11 +73,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunFolder:
-    """`config.json`, `metrics.jsonl`, `results.json`, TensorBoard events and `checkpoints/`."""
+    """`config.json`, `metrics.jsonl`, `results.json`, TensorBoard events, `checkpoints/` and the
+    `best/` of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
         self.report = path / "report.html"
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -57,6 +88,8 @@ class RunFolder:
         Raises RunFolderError naming a file that is not JSON.
         """
         file = self.path / name
+        if file.is_symlink():
+            raise RunFolderError(f"{file}: a link, which is not followed")
         try:
             value = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(value, dict):
@@ -69,32 +102,33 @@ class RunFolder:
         except ValueError as error:
             raise RunFolderError(f"{file}: {error}") from None
 
-    def check(self, config: dict[str, Any], may_differ: set[str]) -> None:
-        """Raises RunFolderError where the folder holds another config, old and new values named.
-
-        Fields in `may_differ` do not change what is learned, and may change between resumptions.
-        """
+    def _check(self, config: dict[str, Any], may_differ: Collection[str]) -> None:
         old = self.read("config.json")
-        if old is not None:
-            before, now = _flat(old), _flat(config)
-            differing = [
-                f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-                for name in sorted(before.keys() | now.keys())
-                if name not in may_differ and before.get(name) != now.get(name)
-            ]
-            if differing:
-                raise RunFolderError(
-                    f"{self.path} holds a run with another config ({'; '.join(differing)}): "
-                    "name another folder with --run"
-                )
+        if old is not None and (differing := differences(old, config, may_differ)):
+            raise RunFolderError(
+                f"{self.path} holds a run with another config ({'; '.join(differing)}): "
+                "name another folder with --run"
+            )
 
-    def claim(self, config: dict[str, Any]) -> None:
-        """Makes the folder and writes config.json; RunFolderError where it cannot."""
-        try:
+    @contextlib.contextmanager
+    def claim(self, config: dict[str, Any], may_differ: Collection[str]) -> Iterator[None]:
+        """Makes the folder, holds it for this process alone, and writes config.json.
+
+        Raises RunFolderError, and writes nothing, where it cannot, where another process holds the
+        folder, or where it holds another config, old and new values named. Fields in `may_differ`
+        do not change what is learned, and may change between resumptions.
+        """
+        with named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                # The system releases it when the process ends, however it does.
+                held = filelock.FileLock(self.path / ".lock").acquire(timeout=0)
+            except filelock.Timeout:
+                raise RunFolderError(f"{self.path}: another process is working in it") from None
+        with held:
+            self._check(config, may_differ)
             write_json(self.path / "config.json", config)
-        except OSError as error:
-            raise RunFolderError(f"{self.path}: {error.strerror}") from None
+            yield
 
     def set_aside(self, steps: int) -> None:
         """Renames what a finished run of `steps` left (`results-7500.json`): it is to be extended.
@@ -106,20 +140,30 @@ class RunFolder:
             if file.exists():
                 file.replace(file.with_stem(f"{file.stem}-{steps}"))
 
-    def steps_done(self) -> int:
-        """The step of the newest checkpoint; 0 where there is none."""
-        if not self.checkpoints.is_dir():
-            return 0
-        with Checkpoints(self.checkpoints, read_only=True) as checkpoints:
-            return checkpoints.latest() or 0
+    def note_sitting(self, step: int) -> list[int]:
+        """Notes that training goes on at `step`; returns the steps that it has gone on at so far.
+
+        Step 0 is no going on but a beginning, which forgets the others.
+        """
+        before = (self.read("resumed_from.json") or {}).get("steps", [])
+        resumed = [*before, step] if step else []
+        write_json(self.path / "resumed_from.json", {"steps": resumed})
+        return resumed
 
     def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are measurements, not skipped steps."""
+        return [line for line in self.lines() if "skipped" not in line]
+
+    def lines(self) -> list[dict[str, Any]]:
         """The objects of metrics.jsonl so far; a last line cut short is dropped."""
         file = self.path / "metrics.jsonl"
-        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        if file.is_symlink():
+            raise RunFolderError(f"{file}: a link, which is not followed")
+        with named(file):
+            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
+            return [dict(json.loads(line)) for line in lines]
+        except (ValueError, TypeError) as error:
             raise RunFolderError(f"{file}: a line that is not JSON ({error})") from None
 
 
@@ -127,31 +171,58 @@ class MetricsLog:
     """Appends to metrics.jsonl and the TensorBoard events, from `first_step` on.
 
     Lines at or after `first_step`, logged by a run that was cut off before it could save, are
-    dropped: the steps are about to be done again.
+    dropped: the steps are about to be done again. So are those of steps that were skipped with
+    batches beyond the first `batches`.
     """
 
-    def __init__(self, folder: RunFolder, first_step: int) -> None:
-        kept = [m for m in folder.metrics() if m["step"] < first_step]
-        file = folder.path / "metrics.jsonl"
-        write_text(file, "".join(json.dumps(metrics) + "\n" for metrics in kept))
-        self._file = file.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_step)
+    def __init__(self, folder: RunFolder, first_step: int, batches: int = 0) -> None:
+        kept = [
+            m for m in folder.lines()
+            if (m["batch"] <= batches if "skipped" in m else m["step"] < first_step)
+        ]  # fmt: skip
+        path, self._directory = folder.path / "metrics.jsonl", folder.path / "tensorboard"
+        write_text(path, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+        with named(path):
+            self._file = path.open("a", encoding="utf-8")
+        with named(self._directory):
+            self._directory.mkdir(exist_ok=True)
+            # Not SummaryWriter: its thread dies of a full disk, and the next writes wait for ever.
+            self._events = EventsWriter(str(self._directory / "events"))
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add_event(step=first_step, session_log=restart)  # hides what is done again
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._events.close()
+        # What could not be written has been told; closing tries once more.
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):
+                file.close()
 
     def write(self, metrics: dict[str, Any]) -> None:
         """One line; every number but the step also becomes a TensorBoard scalar.
 
         A number that is not finite becomes null, since JSON has no other word for it.
+        Raises RunFolderError where it cannot be written.
         """
         metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
+        self._append(metrics)
         for name, value in metrics.items():
             if name != "step" and value is not None:
-                self._events.add_scalar(name, value, metrics["step"])
+                self._add_event(step=metrics["step"], summary=scalar(name, value))
+        with named(self._directory):
+            self._events.flush()
+
+    def write_skipped(self, skipped: dict[str, Any]) -> None:
+        """The line of a step that made no update: `step`, `batch`, `why`."""
+        self._append(skipped | {"skipped": True})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with named(Path(self._file.name)):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def _add_event(self, **content: Any) -> None:
+        with named(self._directory):
+            self._events.write_event(event_pb2.Event(wall_time=time.time(), **content))

@@ -65,12 +65,13 @@ def test_the_lines_that_load_a_model_run(tmp_path, monkeypatch, capsys):
         vocab_size=5, source_vocab_size=29, d_model=8, d_ff=8, num_heads=2, num_encoder_layers=1,
         num_decoder_layers=1,
     )  # fmt: skip
-    write_json(run / "config.json", plain(PronounceConfig(model=model)))
-    write_json(run / "vocabularies.json", {"letters": letters, "phones": phones})
+    identity = plain(PronounceConfig(model=model))
+    write_json(run / "config.json", identity)
+    identity["vocabularies"] = {"letters": letters, "phones": phones}
     optimizer = make_optimizer(lambda _: 0.1, 1.0)
     with Checkpoints(run / "checkpoints") as checkpoints:
         state = init_state(Transformer(model), optimizer, jax.random.PRNGKey(0))
-        checkpoints.save(1, state, {})
+        checkpoints.save(1, state, {"identity": identity})
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
     said = capsys.readouterr().out.splitlines()

@@ -15,6 +15,7 @@ from tfm.attention import (
     scaled_dot_product_attention,
     split_heads,
 )
+from tfm.averaging import average
 from tfm.clipping import clip_by_global_norm, global_norm
 from tfm.config import BASE, BIG, TransformerConfig
 from tfm.decoding import beam_search, greedy, sample, start_decoding
@@ -34,6 +35,7 @@ from tfm.training import (
     make_optimizer,
     make_train_step,
     paper_schedule,
+    skip_nonfinite,
     summed_loss,
 )
 
@@ -45,6 +47,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "attention_weights",
+    "average",
     "beam_search",
     "causal_mask",
     "clip_by_global_norm",
@@ -70,6 +73,7 @@ __all__ = [
     "segment_mask",
     "shift_right",
     "sinusoidal_positions",
+    "skip_nonfinite",
     "split_heads",
     "start_decoding",
     "summed_loss",

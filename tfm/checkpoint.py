@@ -1,14 +1,40 @@
-"""Checkpoints on disk, with Orbax: the one room of `tfm` with a door to the disk."""
+"""Checkpoints on disk, with Orbax and a manifest: the one room of `tfm` with a door to the disk."""
 
+import hashlib
+import json
+import os
+import re
+import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import chex
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from tfm import manifest
+from tfm.manifest import DamagedError
 from tfm.training import TrainState
+
+JOURNAL = "journal.json"
+
+
+class CheckpointError(ValueError):
+    """Why a checkpoint cannot be written or read, in one line that names the path."""
+
+
+def state_sha256(state: TrainState, position: Any) -> str:
+    """SHA-256 (hex) of a state's every array, by name, type, shape and bytes, and of the data
+    iterator's position (JSON): equal where training would go on the same."""
+    digest = hashlib.sha256(json.dumps(position, sort_keys=True).encode())
+    for name, leaf in _named(_items(state)).items():
+        array = np.asarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -17,68 +43,278 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "rest": rest}
 
 
+def _named(items: dict[str, Any]) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(items)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _types(items: dict[str, Any]) -> dict[str, str]:
+    return {n: f"{x.dtype}[{','.join(map(str, x.shape))}]" for n, x in _named(items).items()}
+
+
+def _random_bits() -> dict[str, Any]:
+    """What else the bits that a key gives depend on."""
+    return {
+        "prng_impl": str(jax.config.jax_default_prng_impl),
+        "threefry_partitionable": bool(jax.config.jax_threefry_partitionable),
+    }
+
+
 def _on_first_device(like: chex.ArrayTree) -> chex.ArrayTree:
     """Where to restore to: without it Orbax looks for the devices that the saver had."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
 
 
+def _reason(error: BaseException) -> str:
+    """An error of the file system in a few words; Orbax's own run over many lines."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {error}".split("\n")[0]
+
+
 class Checkpoints:
     """The numbered checkpoints of one folder; the newest `keep` stay.
 
     A checkpoint is a training state and a `notes` mapping of JSON values (the data iterator's
-    position, say), written together: Orbax renames a finished step into place, so a step cut short
-    is never taken for a whole one. Saves run in the background; `close` waits for them, and raises
-    what went wrong. Use as a context manager.
+    position, say). Saves run in the background, in this order: Orbax writes under a temporary name
+    and renames; a manifest with the SHA-256 of every file is written; the step and its manifest's
+    hash go into the journal; older steps go. So a step without a manifest was never finished, and a
+    journalled one whose files are not those of its manifest is damaged. Use as a context manager:
+    leaving it waits for the save under way, and raises what went wrong.
 
     `read_only` makes no folder and removes nothing, so that a run can be looked at while it trains.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, *, read_only: bool = False) -> None:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            save_interval_steps=0 if read_only else 1,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-        )
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        self.folder, self._keep, self._read_only = Path(folder).absolute(), keep, read_only
+        self._facts: dict[int, dict[str, Any]] = {}  # of the steps verified or saved
+        self._under_way: Future | None = None
+        self._background: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> "Checkpoints":
+        if not self._read_only:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._orbax.close()
 
-    def latest(self) -> int | None:
-        """The newest step, or None."""
-        return self._manager.latest_step()
+    @property
+    def steps(self) -> list[int]:
+        """The steps that the journal holds, oldest first."""
+        return sorted(self._journal()[0])
+
+    @property
+    def last_saved(self) -> int | None:
+        """The newest step that was found sound or has been saved; None where there is none."""
+        return max(self._facts, default=None)
+
+    def newest(self) -> tuple[int | None, list[str]]:
+        """The newest step whose every file is as it was written, None where none was ever saved;
+        and a line about each thing found that is not so.
+
+        Unless read-only, temporary folders left by saves cut short are removed, and steps that are
+        not sound are set aside as `STEP.unfinished` and `STEP.damaged`.
+
+        Raises:
+          CheckpointError: all that was saved is damaged; nothing is touched then. So it is with
+            several unfinished steps and no other: a process cut off leaves one at most.
+        """
+        if self.folder.is_symlink():
+            raise CheckpointError(f"{self.folder}: a link, which is not followed")
+        journal, found = self._journal()
+        broken_journal, unfinished, damaged = bool(found), [], []
+        for step in sorted(self._on_disk() | journal.keys(), reverse=True):
+            path = self._path(step)
+            try:
+                self._facts[step] = manifest.verify_manifest(path, journal.get(step))
+                break
+            except (DamagedError, OSError) as error:
+                begun = (path / manifest.NAME).exists() or path.is_symlink()
+                if begun or broken_journal or step in journal:
+                    damaged.append(step)
+                    found.append(f"{path}: damaged, left out: {error}")
+                else:
+                    unfinished.append(step)
+                    if not self._read_only:  # else it may be under way, in another process
+                        found.append(f"{path}: its save was never finished, left out")
+        else:
+            step = None
+            if damaged or broken_journal or len(unfinished) > 1:
+                raise CheckpointError(
+                    f"no sound checkpoint is left in {self.folder}: {'; '.join(found)}. "
+                    "Put back a copy, or begin another run folder"
+                )
+        if not self._read_only:
+            try:
+                self._tidy(step, unfinished, damaged, journal, broken_journal)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
+        return step, found
+
+    def _tidy(
+        self, step: int | None, unfinished: list[int], damaged: list[int],
+        journal: dict[int, str], broken_journal: bool,
+    ) -> None:  # fmt: skip
+        self._set_aside(unfinished, "unfinished")
+        self._set_aside(damaged, "damaged")
+        sound = {s: digest for s, digest in journal.items() if s not in damaged}
+        if step is not None and step not in sound:  # cut off just before it was entered
+            sound[step] = manifest.sha256(self._path(step) / manifest.NAME)
+        if sound != journal or broken_journal:
+            self._write_journal(sound)
+        self._remove_leftovers()
+
+    def discard(self, after: int) -> None:
+        """Removes the steps beyond `after`: they are about to be done again, maybe otherwise."""
+        journal, _ = self._journal()
+        self._write_journal({step: digest for step, digest in journal.items() if step <= after})
+        for step in [s for s in self._on_disk() if s > after]:
+            shutil.rmtree(self._path(step))
+            self._facts.pop(step, None)
 
     def save(self, step: int, state: TrainState, notes: Mapping[str, Any]) -> None:
-        """Begins to save; the arrays are copied before it returns, so they may be donated."""
-        if step != self.latest():
-            items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-            items["notes"] = ocp.args.JsonSave(dict(notes))
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        """Begins to save; the arrays are copied before it returns, so they may be donated.
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """(state, notes) of `step`; `like` gives the structure, shapes and dtypes."""
-        items = {
-            name: ocp.args.StandardRestore(_on_first_device(tree))
-            for name, tree in _items(like).items()
-        }
-        items["notes"] = ocp.args.JsonRestore()
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return TrainState(params=restored["params"], **restored["rest"]), restored["notes"]
+        A step that is already there is left alone.
+
+        Raises:
+          CheckpointError: this save cannot begin, or the one before it failed.
+        """
+        self.wait()
+        if step in self._facts:
+            return
+        if step < (self.last_saved or 0):
+            raise CheckpointError(f"{self._path(step)}: not saved: {self.last_saved} is there")
+        items = _items(state)
+        facts = {"step": step, "types": _types(items)} | _random_bits()
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args["notes"] = ocp.args.JsonSave(dict(notes))
+        try:
+            self._orbax.save(self._path(step), args=ocp.args.Composite(**args), force=True)
+        except Exception as error:
+            raise self._not_saved(step, error) from error
+        self._under_way = self._background.submit(self._finish, step, facts)
+
+    def _finish(self, step: int, facts: dict[str, Any]) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            digest = manifest.write_manifest(self._path(step), facts)
+            journal, unreadable = self._journal()
+            kept = sorted({*journal, step})[-self._keep :]
+            self._write_journal({s: digest if s == step else journal[s] for s in kept})
+            for old in set() if unreadable else self._on_disk() - set(kept):
+                shutil.rmtree(self._path(old), ignore_errors=True)
+        except Exception as error:
+            raise self._not_saved(step, error) from error
+        self._facts[step] = facts
+
+    def _not_saved(self, step: int, error: Exception) -> CheckpointError:
+        self._remove_leftovers()
+        return CheckpointError(f"{self._path(step)}: not saved: {_reason(error)}")
+
+    def wait(self) -> None:
+        """Waits for the save under way; raises CheckpointError where it failed."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def notes(self, step: int) -> dict[str, Any]:
+        """What was noted at `step`; CheckpointError where the step is damaged."""
+        self._check(step, {})
+        return self._read(step, notes=ocp.args.JsonRestore())["notes"]
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of `step`; `like` gives the structure, shapes and dtypes.
+
+        Raises:
+          CheckpointError: the step is damaged, or was saved with other arrays or another PRNG.
+        """
+        items = _items(like)
+        self._check(step, _types(items) | _random_bits())
+        args = {n: ocp.args.StandardRestore(_on_first_device(tree)) for n, tree in items.items()}
+        restored = self._read(step, **args)
+        return TrainState(params=restored["params"], **restored["rest"])
 
     def restore_params(self, step: int, like: chex.ArrayTree) -> chex.ArrayTree:
-        """The parameters of `step` alone; `like` gives structure, shapes and dtypes."""
-        items = {"params": ocp.args.StandardRestore(_on_first_device(like))}
-        return self._manager.restore(step, args=ocp.args.Composite(**items))["params"]
+        """The parameters of `step` alone; `like` gives structure, shapes and dtypes.
 
-    def close(self) -> None:
-        """Waits for saves under way. Leaving the process without it would lose them silently."""
+        Raises:
+          CheckpointError: the step is damaged, or was saved with other parameters.
+        """
+        self._check(step, _types({"params": like}))
+        return self._read(step, params=ocp.args.StandardRestore(_on_first_device(like)))["params"]
+
+    def _read(self, step: int, **args: Any) -> Mapping[str, Any]:
         try:
-            self._manager.wait_until_finished()
-        finally:
-            self._manager.close()
+            return self._orbax.restore(self._path(step), args=ocp.args.Composite(**args))
+        except Exception as error:  # verified a moment ago, but a trainer may have let it go since
+            raise CheckpointError(f"{self._path(step)}: {_reason(error)}") from error
+
+    def _check(self, step: int, now: dict[str, Any]) -> None:
+        """Refuses other arrays and another PRNG, since Orbax would cast and cut in silence."""
+        path = self._path(step)
+        if step not in self._facts:
+            try:
+                self._facts[step] = manifest.verify_manifest(path, self._journal()[0].get(step))
+            except (DamagedError, OSError) as error:
+                raise CheckpointError(f"{path}: damaged: {error}") from None
+        facts = self._facts[step]
+        before = facts["types"] | {name: facts[name] for name in _random_bits()}
+        parts = tuple({name.partition("/")[0] for name in now})
+        names = [n for n in before if n.startswith(parts)] + [n for n in now if n not in before]
+        differing = [
+            f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise CheckpointError(
+                f"{path} was saved with another model or optimizer "
+                f"({'; '.join(differing[:3])}{more})"
+            )
+
+    def _path(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def _on_disk(self) -> set[int]:
+        if not self.folder.is_dir():
+            return set()
+        return {int(p.name) for p in self.folder.iterdir() if re.fullmatch("[1-9][0-9]*|0", p.name)}
+
+    def _journal(self) -> tuple[dict[int, str], list[str]]:
+        """{step: SHA-256 of its manifest}, and a line where the journal cannot be read."""
+        file = self.folder / JOURNAL
+        if file.is_symlink():
+            return {}, [f"{file}: a link, which is not followed"]
+        try:
+            saved = json.loads(file.read_bytes())["saved"]
+            return {int(step): str(digest) for step, digest in saved.items()}, []
+        except FileNotFoundError:
+            return {}, []
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return {}, [f"{file}: damaged, left out: {_reason(error)}"]
+
+    def _write_journal(self, saved: dict[int, str]) -> None:
+        text = json.dumps({"saved": saved}, indent=1) + "\n"
+        manifest.write_durably(self.folder / JOURNAL, text)
+
+    def _set_aside(self, steps: list[int], why: str) -> None:
+        for path in filter(os.path.lexists, map(self._path, steps)):
+            for older in self.folder.glob(f"*.{why}"):  # one is enough to look into
+                older.unlink() if older.is_symlink() else shutil.rmtree(older)
+            path.rename(path.with_name(f"{path.name}.{why}"))
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,7 @@
 """§5.3 Optimizer and schedule; the training step, a pure function of state and batch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import flax
@@ -115,7 +116,8 @@ def make_train_step(
     update equals that of the whole batch (without dropout, which draws anew for each micro-batch).
 
     Metrics: `loss` in nats a token with smoothing, `tokens` (target), `gradient_norm` before
-    clipping.
+    clipping, `largest_gradient`: the greatest |element|, which tells a norm that overflows from a
+    gradient that does.
 
     Raises:
       ValueError: bos is outside the vocabulary; from the step, when traced: accumulation does not
@@ -154,7 +156,25 @@ def make_train_step(
             "loss": loss / count,
             "tokens": tokens,
             "gradient_norm": global_norm(grads),
+            "largest_gradient": jnp.stack([jnp.abs(g).max() for g in jax.tree.leaves(grads)]).max(),
         }
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return train_step
+
+
+def skip_nonfinite(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    """The same step, but without its update where its loss or gradient norm is not finite.
+
+    The state then stays as it was, step count, moments and all: one NaN would make every parameter
+    NaN, and a norm whose square overflows would make the clipped gradient 0. The metrics gain
+    `skipped`, whether that was so.
+    """
+
+    def guarded(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        updated, metrics = train_step(state, batch)
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, state)
+        return kept, metrics | {"skipped": ~sound}
+
+    return guarded

@@ -73,6 +73,7 @@ def _draw(valid: np.ndarray, train: np.ndarray) -> Figure:
         for name, losses in (("validation", valid), ("training", train))
     }
     drawing.bands(curves, share, lines)
+    curves.set_ylim(0, 1.6 * max(line.max() for line in lines.values()))  # the legend's place
     drawing.label(curves, "steps done, %", "loss, nats a sound")
     for axes, size in ((small, 0), (large, 1)):
         drawing.points(axes, {f"{r:g}": valid[i, size, :, -1] for i, r in enumerate(RATES)})

@@ -150,7 +150,7 @@ def measure(claim: Claim, budget: Budget, folder: RunFolder) -> dict[str, Any]:
     started = time.monotonic()
     estimates, figure = claim.measure(budget)
     subclaims = judge(claim.hypotheses, estimates)
-    name = f"figures/{claim.id}.svg"
+    name = _figure_of(claim.id)
     (folder.path / "figures").mkdir(exist_ok=True)
     picture = drawing.evidence(figure, claim.id, claim.question.en, subclaims)
     write_text(folder.path / name, picture)
@@ -169,10 +169,18 @@ def measure(claim: Claim, budget: Budget, folder: RunFolder) -> dict[str, Any]:
     }
 
 
+def _figure_of(name: str) -> str:
+    return f"figures/{name}.svg"
+
+
 def read_records(file: Path) -> dict[str, dict[str, Any]]:
     """The finished records by id; ClaimsError names a file that is no ledger."""
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
+        for record in records:
+            # The pages read the figure: a name from elsewhere must not lead elsewhere.
+            if record["id"] not in CLAIMS or record["figure"] != _figure_of(record["id"]):
+                raise ValueError(f"id {record['id']!r} with figure {record['figure']!r}")
         return {record["id"]: record for record in records}
     except FileNotFoundError:
         return {}
@@ -194,9 +202,10 @@ def run(config: ClaimsConfig) -> None:
         publish(config.publish, records, folder.path, measured_with)
         return
     settings = {"preset": config.preset, "seed": config.seed}
-    folder.check(settings, set())
-    folder.claim(settings)
-    with _Progress([c for c in chosen if _stale(c, records)]) as progress:
+    with (
+        folder.claim(settings, ()),
+        _Progress([c for c in chosen if _stale(c, records)]) as progress,
+    ):
         budget = dataclasses.replace(
             PRESETS[config.preset], first_seed=config.seed, report=progress.report
         )

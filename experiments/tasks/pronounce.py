@@ -1,6 +1,7 @@
 """Learn to pronounce English words from CMUdict: letters in, sounds out."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +12,25 @@ import numpy as np
 
 from experiments import data, metrics
 from experiments.data import DataError, Lexicon
+from experiments.keeper import check_identity
 from experiments.loop import Schedule, train
 from experiments.packing import packed_batches, packed_rows
 from experiments.pronouncer import Pronouncer
-from experiments.run_folder import RunFolder, RunFolderError, plain, write_json
+from experiments.run_folder import RunFolder, RunFolderError, named, plain, write_json
+from experiments.stopping import StopSignal
 from experiments.tasks.pronounce_report import report
 from experiments.vocabulary import BOS, Vocabulary
+from tfm.checkpoint import Checkpoints
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
+from tfm.sharing import export_params
 from tfm.training import (
     cosine_schedule,
     init_state,
     make_optimizer,
     make_train_step,
     paper_schedule,
+    skip_nonfinite,
     summed_loss,
 )
 
@@ -43,10 +49,14 @@ class PronounceConfig:
     """Updates in all; a larger number extends a finished run (its schedule is then stretched)."""
     save_every: int = 1000
     """Steps between checkpoints; an interrupted run resumes from the newest."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept; the best by validation is kept apart."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 1250
     """Steps between evaluations on the validation words."""
+    most_skipped: int = 5
+    """Steps in a row without a finite loss and gradient that end the run; one makes no update."""
     train_file: Path | None = None
     """Training lexicon, lines `word<TAB>PH PH …`. None: CMUdict and its test words."""
     valid_file: Path | None = None
@@ -83,8 +93,9 @@ class PronounceConfig:
     """Exponent of the beam's length penalty ((5 + n)/6)^α."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "save_every", "log_every", "evaluate_every", "rows", "source_length",
-                     "target_length", "accumulation", "beam", "warmup_steps"):  # fmt: skip
+        for name in ("steps", "save_every", "keep_checkpoints", "log_every", "evaluate_every",
+                     "most_skipped", "rows", "source_length", "target_length", "accumulation",
+                     "beam", "warmup_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.rows % self.accumulation:
@@ -124,7 +135,10 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-MAY_DIFFER = {"preset", "run", "steps", "save_every", "log_every", "evaluate_every"}
+MAY_DIFFER = {
+    "preset", "run", "steps", "save_every", "log_every", "evaluate_every", "most_skipped",
+    "keep_checkpoints",
+}  # fmt: skip
 """Fields that may change from one sitting to the next: they change no update, or (steps) extend."""
 
 
@@ -236,8 +250,9 @@ def fit(
     config: PronounceConfig,
     lexicons: Lexicons,
     examples: list[dict[str, Any]],
-    fingerprint: str,
+    identity: dict[str, Any],
     folder: RunFolder,
+    stop: StopSignal,
 ) -> tuple[Pronouncer, dict[str, Any]]:
     """Trains (or goes on training); returns the pronouncer and what there is to say of the run."""
     model = Transformer(config.model)
@@ -256,16 +271,19 @@ def fit(
         examples, rows=config.rows, source_length=config.source_length,
         target_length=config.target_length, seed=config.seed,
     )  # fmt: skip
-    schedule = Schedule(config.steps, config.log_every, config.evaluate_every, config.save_every)
-    state, seconds = train(
-        jax.jit(train_step, donate_argnums=0), state, batches, folder, schedule,
+    schedule = Schedule(
+        config.steps, config.log_every, config.evaluate_every, config.save_every,
+        config.most_skipped, config.keep_checkpoints,
+    )  # fmt: skip
+    trained, facts = train(
+        jax.jit(skip_nonfinite(train_step), donate_argnums=0), state, batches, folder, schedule,
         learning_rate=learning_rate,
         evaluate=make_evaluate(config, lexicons, untrained),
-        fingerprint=fingerprint,
+        identity=identity,
+        stop=stop,
     )  # fmt: skip
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    about = {"steps": int(state.step), "parameters": parameters, "train_seconds": seconds}
-    return dataclasses.replace(untrained, params=state.params), about
+    parameters = sum(x.size for x in jax.tree.leaves(trained.params))
+    return dataclasses.replace(untrained, params=trained.params), {"parameters": parameters} | facts
 
 
 def results_of(config: PronounceConfig, about: dict, valid: Score, test: Score) -> dict[str, Any]:
@@ -299,31 +317,44 @@ def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str,
     return made["training"], data.fingerprint(sum(made.values(), []), *vocabularies)
 
 
+def check_newest(folder: RunFolder, steps: int, identity: dict[str, Any]) -> None:
+    """Before anything is written: RunFolderError where the newest checkpoint cannot go on so."""
+    if folder.checkpoints.is_dir():
+        with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+            step, _ = checkpoints.newest()
+            if step is not None:
+                check_identity(folder.checkpoints / str(step), checkpoints.notes(step), identity)
+            if step is not None and step > steps:
+                raise RunFolderError(f"{folder.path} is at step {step}, beyond --steps {steps}")
+
+
 def run(config: PronounceConfig) -> None:
     """The whole job: data, training, evaluation, report."""
     lexicons = load_lexicons(config)
     config = resolve(config, lexicons)
     examples, fingerprint = prepare(config, lexicons)
     folder = RunFolder(config.run)
-    done = folder.read("results.json")
     as_json = plain(config) | {"data_sha256": fingerprint}
-    folder.check(as_json, MAY_DIFFER)
-    steps_done = folder.steps_done()
-    if steps_done > config.steps:
-        raise RunFolderError(f"{config.run} is at step {steps_done}, beyond --steps {config.steps}")
-    folder.claim(as_json)
-    if done and done["steps"] == config.steps:
-        print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
-        return
-    if done:
-        folder.set_aside(done["steps"])
     vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
-    write_json(folder.path / "vocabularies.json", vocabularies)
-    sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]
-    print(*sizes, f"{config.model.parameter_count():,} parameters", sep=", ", flush=True)
-    pronouncer, about = fit(config, lexicons, examples, fingerprint, folder)
-    valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
-    results = results_of(config, about, valid, test)
-    report(as_json, lexicons, folder, pronouncer, results, test.hypotheses)
-    # Last, so that a folder with results is a folder with everything.
-    write_json(folder.path / "results.json", results)
+    identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
+    identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
+    check_newest(folder, config.steps, identity)
+    with folder.claim(as_json, MAY_DIFFER):
+        done = folder.read("results.json")
+        if done and done.get("steps") == config.steps:
+            print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
+            return
+        if done:
+            folder.set_aside(done.get("steps", 0))
+        sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]
+        print(*sizes, f"{config.model.parameter_count():,} parameters", sep=", ", flush=True)
+        with StopSignal() as stop:
+            pronouncer, about = fit(config, lexicons, examples, identity, folder, stop)
+        valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
+        results = results_of(config, about, valid, test)
+        report(as_json, lexicons, folder, pronouncer, results, test.hypotheses)
+        about_params = {"config": json.dumps(as_json["model"]), "steps": str(results["steps"])}
+        with named(folder.path / "params.safetensors"):
+            export_params(folder.path / "params.safetensors", pronouncer.params, about_params)
+        # Last, so that a folder with results is a folder with everything.
+        write_json(folder.path / "results.json", results)

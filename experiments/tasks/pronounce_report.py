@@ -12,7 +12,7 @@ from experiments.data import Lexicon
 from experiments.figures import learning_curves_file
 from experiments.pronouncer import Pronouncer, UnpronounceableError
 from experiments.report import AttentionMap, Example, write_report
-from experiments.run_folder import RunFolder
+from experiments.run_folder import RunFolder, write_text
 
 FAMILIAR = ("knowledge", "physician", "laughter", "rough", "theology", "champagne", "psychic",
             "weather", "autumn", "thorough", "mosquito", "chaos")  # fmt: skip
@@ -114,7 +114,7 @@ def report(
     examples = make_examples(pronouncer, lexicons.train, test, by_word)
     counts = metrics.confusions(hypotheses, list(test.values())).most_common(NUM_CONFUSIONS)
     curves = learning_curves_file(folder.metrics())
-    (folder.path / "learning_curve.svg").write_text(curves, encoding="utf-8")
+    write_text(folder.path / "learning_curve.svg", curves)
     write_report(
         folder.report,
         title="Pronouncing with a Transformer",

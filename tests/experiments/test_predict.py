@@ -2,12 +2,14 @@
 
 import dataclasses
 import io
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import predict as predict_module
 from experiments import pronouncer
 from experiments.predict import PredictConfig, predict
 from experiments.pronouncer import Pronouncer, UnpronounceableError, load
@@ -60,6 +62,25 @@ def test_one_line_for_each_line_and_the_reason_for_an_empty_one(said, capsys):
         "line 4: 'xab': unknown character 'x'",
         "line 5: invalid UTF-8",
         "line 7: 'abcdabc': 7 letters, more than the 6 that the model was trained for",
+    ]
+
+
+def test_a_long_line_is_dropped_but_keeps_its_place(capsys):
+    long = b"a" * (3 * predict_module.LONGEST + 5)
+    stream = io.BytesIO(b"ab\n" + long + b"\n\n" + long + b"\n" + b"b" * predict_module.LONGEST)
+    lines = list(predict_module.lines_of(stream))
+    assert [line[:1] for line in lines] == [b"a", b"a", b"\n", b"a", b"b"]
+    assert max(map(len, lines)) == predict_module.LONGEST
+
+
+def test_a_line_too_long_is_named_and_not_repeated(said, capsys):
+    data = b"ab\n" + b"b" * predict_module.LONGEST + b"\n" + b"?" * 200 + b"\n"
+    lines = list(predict(said, predict_module.lines_of(io.BytesIO(data)), PredictConfig()))
+    assert len(lines) == 3 and lines[0] and lines[1:] == ["", ""]
+    shown = "?" * 60
+    assert capsys.readouterr().err.splitlines() == [
+        "line 2: longer than 4096 bytes",
+        f"line 3: '{shown}'…: unknown character '?'",
     ]
 
 
@@ -162,15 +183,16 @@ def run(tmp_path, said):
         model=MODEL,
     )  # fmt: skip
     write_json(tmp_path / "config.json", plain(config))
-    vocabularies = {"letters": LETTERS.to_json(), "phones": PHONES.to_json()}
-    write_json(tmp_path / "vocabularies.json", vocabularies)
     return tmp_path
 
 
 def test_a_saved_model_loads_and_says_the_same(run, said):
     with Checkpoints(run / "checkpoints") as checkpoints:
         moments, key = {"count": jnp.int32(3)}, jax.random.PRNGKey(0)
-        checkpoints.save(3, TrainState(jnp.int32(3), said.params, moments, key), {})
+        vocabularies = {"letters": LETTERS.to_json(), "phones": PHONES.to_json()}
+        identity = json.loads((run / "config.json").read_text()) | {"vocabularies": vocabularies}
+        state = TrainState(jnp.int32(3), said.params, moments, key)
+        checkpoints.save(3, state, {"identity": identity})
     loaded = load(run)
     words = ["ab", "cab", "éd"]
     assert [p.phones for p in loaded(words)] == [p.phones for p in said(words)]

@@ -90,16 +90,17 @@ def metrics_of(path):
 
 def last_state(path):
     """(step, every array) of the newest checkpoint."""
-    with Checkpoints(path / "checkpoints") as checkpoints:
-        step = checkpoints.latest()
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        step, _ = checkpoints.newest()
         # What is saved, as it is: no structure is given that could hide a difference.
         items = {name: ocp.args.StandardRestore() for name in ("params", "rest")}
-        return step, dict(checkpoints._manager.restore(step, args=ocp.args.Composite(**items)))
+        saved = path.absolute() / "checkpoints" / str(step)
+        return step, dict(checkpoints._orbax.restore(saved, args=ocp.args.Composite(**items)))
 
 
 def content(path):
     """Every file of a run folder, with its bytes and its time of change."""
-    kept = (p for p in sorted(path.rglob("*")) if p.is_file())
+    kept = (p for p in sorted(path.rglob("*")) if p.is_file() and p.name != ".lock")
     return {str(p.relative_to(path)): (p.read_bytes(), p.stat().st_mtime_ns) for p in kept}
 
 
@@ -212,20 +213,29 @@ def test_other_words_in_the_same_files_are_refused_and_nothing_is_lost(
     original = pronounce.data.read_lexicon
     monkeypatch.setattr(pronounce.data, "read_lexicon", renaming)
     monkeypatch.setattr(pronounce, "make_train_step", lambda *_, **__: no_training)
-    before = {name: (finished / name).read_bytes() for name in ("vocabularies.json", "config.json")}
+    before = content(finished)
+    assert call("--run", finished, "--steps", STEPS + 10, *tiny) == 2
+    assert content(finished) == before
+
+
+def test_another_config_is_refused_though_the_file_that_told_is_lost(finished, tiny, capsys):
+    config = (finished / "config.json").read_bytes()
+    (finished / "config.json").unlink()
     try:
-        assert call("--run", finished, "--steps", STEPS + 10, *tiny) == 2
-        assert {name: (finished / name).read_bytes() for name in before} == before
+        before = content(finished)
+        assert call("--run", finished, "--steps", STEPS, *tiny, "--seed", 5) == 2
+        error = capsys.readouterr().err
+        assert "belongs to another run (seed: 0 -> 5)" in error and error.count("\n") == 1
+        assert content(finished) == before
     finally:
-        for name, was in before.items():
-            (finished / name).write_bytes(was)
+        (finished / "config.json").write_bytes(config)
 
 
 def test_stopped_and_resumed_equals_uninterrupted_then_extended(
     finished, tiny, tmp_path, monkeypatch, capsys
 ):
     run = ["--run", tmp_path / "run", *tiny]
-    add, calls = loop.Meter.add, []
+    add, calls = loop.Guard.add, []
 
     def add_and_stop(self, *arguments):
         calls.append(1)
@@ -234,7 +244,7 @@ def test_stopped_and_resumed_equals_uninterrupted_then_extended(
         add(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Meter, "add", add_and_stop)
+        patch.setattr(loop.Guard, "add", add_and_stop)
         assert call(*run, "--steps", STEPS) == 143
     assert len(calls) == 75 == last_state(tmp_path / "run")[0]
     assert not (tmp_path / "run" / "results.json").exists()
@@ -250,7 +260,9 @@ def test_stopped_and_resumed_equals_uninterrupted_then_extended(
         m["step"] for m in metrics_of(finished)
     ]
     was, now = read(finished, "results.json"), read(tmp_path / "run", "results.json")
-    assert {**was, "train_seconds": 0} == {**now, "train_seconds": 0}
+    assert now["resumed_from"] == [75] and was["resumed_from"] == []
+    same = {"train_seconds": 0, "resumed_from": 0}
+    assert was | same == now | same and len(was["state_sha256"]) == 64
 
     lines = metrics_of(tmp_path / "run")
     assert call(*run, "--steps", STEPS + 4) == 0
@@ -271,6 +283,7 @@ def test_a_periodic_save_holds_the_state_of_its_step(finished, tiny, tmp_path):
     (tmp_path / "run" / "results.json").unlink()
     assert last_state(tmp_path / "run")[0] == 150
     assert call("--run", tmp_path / "run", "--steps", STEPS, *tiny) == 0
+    assert read(tmp_path / "run", "results.json")["resumed_from"] == [150]
     (step, resumed), (_, whole) = last_state(tmp_path / "run"), last_state(finished)
     assert step == STEPS
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
@@ -297,7 +310,7 @@ def test_every_setting_reaches_the_training(tiny, tmp_path, monkeypatch):
         record(name)
     flags = {"seed": 3, "clip": 0.3, "smoothing": 0.2, "accumulation": 2, "steps": 70,
              "learning-rate": 0.5, "warmup-steps": 7, "log-every": 11, "evaluate-every": 13,
-             "save-every": 17}  # fmt: skip
+             "save-every": 17, "most-skipped": 3, "keep-checkpoints": 4}  # fmt: skip
     given = [word for name, value in flags.items() for word in (f"--{name}", value)]
     with pytest.raises(EnoughError):
         call("--run", tmp_path / "run", *tiny, *given)
@@ -308,7 +321,7 @@ def test_every_setting_reaches_the_training(tiny, tmp_path, monkeypatch):
     assert seen["packed_batches"][1] == {
         "rows": 16, "source_length": 12, "target_length": 12, "seed": 3,
     }  # fmt: skip
-    assert seen["train"][0][4] == loop.Schedule(70, 11, 13, 17)
+    assert seen["train"][0][4] == loop.Schedule(70, 11, 13, 17, 3, 4)
 
 
 # ---- as processes

@@ -24,8 +24,8 @@ CONFIG = {"run": "runs/a", "rate": 0.5, "file": None, "model": {"size": 3}}
 
 
 def claim(folder, config, may_differ):
-    folder.check(config, may_differ)
-    folder.claim(config)
+    with folder.claim(config, may_differ):
+        pass
 
 
 @pytest.fixture
@@ -71,6 +71,42 @@ def test_claim_lets_named_fields_differ_and_remembers_them(folder):
     claim(folder, CONFIG, {"rate"})
     claim(folder, CONFIG | {"rate": 0.75}, {"rate"})
     assert folder.read("config.json")["rate"] == 0.75
+
+
+def test_a_folder_is_held_by_one_at_a_time(folder):
+    with folder.claim(CONFIG, set()):
+        with pytest.raises(RunFolderError, match="run: another process is working in it"):
+            claim(RunFolder(folder.path), CONFIG, set())
+        with pytest.raises(RunFolderError):
+            claim(RunFolder(folder.path), CONFIG | {"rate": 1.0}, {"rate"})
+        assert folder.read("config.json") == CONFIG
+    claim(RunFolder(folder.path), CONFIG, set())
+
+
+def test_what_the_system_refuses_is_told_by_path(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(RunFolderError, match=f"{tmp_path / 'a.json'}: Is a directory"):
+        write_json(tmp_path / "a.json", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_partial_file_that_is_a_link_is_not_written_through(tmp_path):
+    (tmp_path / "elsewhere").write_text("kept")
+    (tmp_path / "a.json.partial").symlink_to(tmp_path / "elsewhere")
+    write_json(tmp_path / "a.json", {})
+    assert (tmp_path / "elsewhere").read_text() == "kept"
+
+
+def test_skipped_steps_are_dropped_by_their_batch(folder):
+    claim(folder, CONFIG, set())
+    with MetricsLog(folder, 1) as log:
+        log.write({"step": 5, "loss": 1.0})
+        log.write_skipped({"step": 6, "batch": 6, "why": "nan"})
+        log.write_skipped({"step": 6, "batch": 7, "why": "nan"})
+    with MetricsLog(folder, 6, batches=6):
+        pass
+    assert [line.get("batch") for line in folder.lines()] == [None, 6]
+    assert folder.metrics() == [{"step": 5, "loss": 1.0}]
 
 
 def test_a_file_in_the_way_is_named(tmp_path):

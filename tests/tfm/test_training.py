@@ -11,15 +11,18 @@ import references
 from checks import assert_close, assert_refuses, products_in
 
 from tfm import (
+    Functions,
     Transformer,
     TransformerConfig,
     cosine_schedule,
+    feed_forward,
     global_norm,
     init_state,
     make_optimizer,
     make_train_step,
     paper_schedule,
     shift_right,
+    skip_nonfinite,
     summed_loss,
 )
 
@@ -261,3 +264,51 @@ def test_accumulation_that_does_not_divide_the_rows_is_refused():
         words=["3", "4"],
         error=(ValueError, TypeError),
     )
+
+
+# ---- steps that go wrong
+
+
+def with_gradients_times(factor):
+    """The model, with the gradient that flows through its feed-forward networks multiplied."""
+
+    @jax.custom_vjp
+    def scale(x):
+        return x
+
+    scale.defvjp(lambda x: (x, None), lambda _, gradient: (gradient * factor,))
+    functions = Functions(feed_forward=lambda *a, **k: scale(feed_forward(*a, **k)))
+    return Transformer(CONFIG, functions)
+
+
+@pytest.mark.parametrize(
+    ("factor", "norm", "largest"),
+    [(np.nan, np.isnan, np.isnan), (np.inf, np.isnan, np.isnan), (1e15, np.isinf, np.isfinite)],
+)
+def test_a_step_without_a_finite_gradient_leaves_the_state_as_it_was(factor, norm, largest):
+    sound = jax.jit(skip_nonfinite(make_train_step(MODEL, OPTIMIZER, bos=BOS)))
+    broken = jax.jit(
+        skip_nonfinite(make_train_step(with_gradients_times(factor), OPTIMIZER, bos=BOS))
+    )
+    before, metrics = sound(fresh_state(), copy_batch(0))
+    assert not metrics["skipped"] and before.step == 1
+    after, metrics = broken(before, copy_batch(1))
+    assert metrics["skipped"] and np.isfinite(metrics["loss"])
+    assert norm(metrics["gradient_norm"]) and largest(metrics["largest_gradient"])
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    # What optax alone makes of it: NaN everywhere, or an update of zero that nobody hears of.
+    unguarded, _ = jax.jit(make_train_step(with_gradients_times(factor), OPTIMIZER, bos=BOS))(
+        before, copy_batch(1)
+    )
+    first = jax.tree.leaves(unguarded.params)[0]
+    assert unguarded.step == 2 and (np.isnan(first).all() or largest is np.isfinite)
+
+
+def test_a_guarded_step_is_the_same_step():
+    plain, guarded = (
+        jax.jit(wrap(make_train_step(MODEL, OPTIMIZER, bos=BOS)))
+        for wrap in (lambda step: step, skip_nonfinite)
+    )
+    (one, _), (two, metrics) = (step(fresh_state(), copy_batch(0)) for step in (plain, guarded))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), one, two)
+    assert metrics["largest_gradient"] <= metrics["gradient_norm"]

@@ -1,0 +1,109 @@
+"""What each step did: figures of the good ones, and which were skipped."""
+
+import collections
+import dataclasses
+import math
+import time
+
+import jax
+
+Metrics = dict[str, float]
+
+
+class Meter:
+    """Losses, tokens and words since the last reading, and the seconds of the whole run."""
+
+    def __init__(self, seconds_before: float) -> None:
+        self._run_started = time.monotonic() - seconds_before
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new reading: what passed since the last one is not counted."""
+        self._started = time.monotonic()
+        self._metrics: list[dict] = []
+        self._words = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those of earlier sittings included."""
+        return time.monotonic() - self._run_started
+
+    def add(self, batch: dict, metrics: dict) -> None:
+        """Counts one step; does not wait for the device."""
+        self._metrics.append(metrics)
+        # Segments number from 1 in each row, so the largest number is the count.
+        self._words += int(batch["target_segment_ids"].max(axis=1).sum())
+
+    def read(self) -> tuple[Metrics, str]:
+        """The means since the last reading, as metrics and as a line of figures; starts anew."""
+        metrics = jax.device_get(self._metrics)  # waits for the device, so the clock is honest
+        elapsed = time.monotonic() - self._started
+        tokens = sum(int(m["tokens"]) for m in metrics)
+        loss = sum(float(m["loss"]) * int(m["tokens"]) for m in metrics) / tokens
+        words_per_second = self._words / elapsed
+        self.restart()
+        line = {
+            "loss": loss,
+            "tokens_per_second": tokens / elapsed,
+            "words_per_second": words_per_second,
+            "gradient_norm": float(metrics[-1]["gradient_norm"]),
+            "seconds": self.seconds,
+        }
+        return line, f"loss {loss:.3f}  {words_per_second:,.0f} words/s"
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A step that made no update: which, with which batch, and why."""
+
+    step: int
+    batch: int
+    why: str
+    in_a_row: int  # how many it makes since the last update
+
+    def __str__(self) -> str:
+        return f"step {self.step}, batch {self.batch}: {self.why}"
+
+
+def _what_is_wrong(metrics: dict) -> str:
+    names = ("loss", "gradient_norm", "largest_gradient")
+    loss, norm, largest = (float(metrics[name]) for name in names)
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if math.isfinite(largest):
+        return f"the gradient's norm overflows float32 (its largest element is {largest:.3g})"
+    return f"the gradient's norm is {norm}"
+
+
+class Guard:
+    """Counts the updates, looking at each step's metrics when the device has them."""
+
+    def __init__(self, done: int, drawn: int) -> None:
+        self.step = done  # updates made
+        self.drawn = drawn  # batches drawn since the run began
+        self._in_a_row = 0  # steps skipped since the last update
+        self._under_way: collections.deque[tuple[int, dict, dict]] = collections.deque()
+
+    def add(self, batch: dict, metrics: dict) -> None:
+        """Takes note of a step under way; does not wait for it."""
+        self.drawn += 1
+        self._under_way.append((self.drawn, batch, metrics))
+
+    @property
+    def reached(self) -> int:
+        """The step that the run is at, if all steps under way turn out well."""
+        return self.step + len(self._under_way)
+
+    def look(self, meter: Meter, leave: int) -> list[Skipped]:
+        """Waits for the steps under way but the newest `leave`; returns those without an update."""
+        skipped = []
+        while len(self._under_way) > leave:
+            number, batch, metrics = self._under_way.popleft()
+            if metrics["skipped"]:
+                self._in_a_row += 1
+                why = _what_is_wrong(metrics)
+                skipped.append(Skipped(self.step + 1, number, why, self._in_a_row))
+            else:
+                self.step, self._in_a_row = self.step + 1, 0
+                meter.add(batch, metrics)
+        return skipped

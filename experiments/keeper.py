@@ -1,0 +1,121 @@
+"""What a training keeps on disk: the newest checkpoints, and the best by validation."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from experiments.guard import Guard, Meter
+from experiments.run_folder import RunFolder, RunFolderError, differences
+from tfm.checkpoint import CheckpointError, Checkpoints
+from tfm.training import TrainState
+
+
+class Batches(Iterator, Protocol):
+    """An endless iterator of batches whose position can be saved (Grain's)."""
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
+def check_identity(path: Path, notes: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises RunFolderError where the checkpoint at `path` was trained as another run.
+
+    The position of the batches is only a number: other data would be gone through all the same.
+    """
+    if differing := differences(notes["identity"], identity):
+        raise RunFolderError(
+            f"{path} belongs to another run ({'; '.join(differing)}): "
+            "name another folder with --run"
+        )
+
+
+class Keeper:
+    """Saves and resumes one run. Use as a context manager: leaving it waits for the saves.
+
+    Beside the state a checkpoint holds the position of the batches, how many were drawn, the
+    seconds so far, and the identity of the run: its resolved config and its data's fingerprint.
+    """
+
+    def __init__(
+        self, folder: RunFolder, batches: Batches, identity: dict[str, Any], keep: int
+    ) -> None:
+        self._newest = Checkpoints(folder.checkpoints, keep)
+        self._best = Checkpoints(folder.best, keep=1)
+        self._batches, self._identity, self._lowest = batches, identity, math.inf
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Keeper":
+        self._stack.enter_context(self._newest)
+        self._stack.enter_context(self._best)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def resume(
+        self, state: TrainState, say: Callable[[str], None]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The newest sound state and its notes, with the batches set to its position.
+
+        Where none was ever saved: `state`, and the notes of a beginning.
+
+        Raises:
+          RunFolderError: the checkpoint belongs to a run with another config or other data.
+          CheckpointError: all that was saved is damaged, or was saved with other arrays.
+        """
+        step, found = self._newest.newest()
+        for line in found:
+            say(line)
+        self._resume_best(step or 0, say)
+        if step is None:
+            if found:
+                say("no save was ever finished: beginning anew")
+            return state, {"seconds": 0.0, "batches": 0}
+        notes = self._newest.notes(step)
+        check_identity(self._newest.folder / str(step), notes, self._identity)
+        state = self._newest.restore(step, state)
+        self._batches.set_state(notes["data"])
+        return state, notes
+
+    def _resume_best(self, done: int, say: Callable[[str], None]) -> None:
+        """The lowest loss so far; a best beyond `done`, or damaged, is let go and sought anew."""
+        try:
+            best, found = self._best.newest()
+        except CheckpointError as error:
+            best, found = None, [f"{error}. It is sought anew"]
+            self._best.discard(after=-1)
+        for line in found:
+            say(line)
+        if best is not None and best > done:
+            self._best.discard(after=done)
+        elif best is not None:
+            self._lowest = self._best.notes(best)["valid_loss"]
+
+    def _notes(self, guard: Guard, meter: Meter) -> dict[str, Any]:
+        return {
+            "identity": self._identity,
+            "data": self._batches.get_state(),
+            "batches": guard.drawn,
+            "seconds": meter.seconds,
+        }
+
+    def save(self, state: TrainState, guard: Guard, meter: Meter) -> None:
+        """Begins to save the state after `guard.step` updates; CheckpointError where it cannot."""
+        self._best.wait()  # else a best of before could be lost for good, as it will not come again
+        self._newest.save(guard.step, state, self._notes(guard, meter))
+
+    def save_if_best(self, state: TrainState, guard: Guard, meter: Meter, loss: float) -> None:
+        """The same into the folder of the best, where `loss` is the lowest so far."""
+        if loss < self._lowest:
+            self._lowest = loss
+            notes = self._notes(guard, meter) | {"valid_loss": loss}
+            self._best.save(guard.step, state, notes)
+
+    def wait(self) -> int | None:
+        """Waits for the saves under way; the newest step that is safe."""
+        self._best.wait()
+        self._newest.wait()
+        return self._newest.last_saved

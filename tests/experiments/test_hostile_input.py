@@ -1,0 +1,162 @@
+"""I and S of docs/reliability.md: lines and files that mean no good."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from killing import finish, write_words
+
+from experiments import data
+from experiments.claims import ledger
+from experiments.errors import UserError
+from experiments.pronouncer import load
+from experiments.run_folder import RunFolder
+from tfm.checkpoint import CheckpointError, Checkpoints
+from tfm.sharing import import_params
+from tfm.training import init_params
+
+LINES = 100_000
+NASTY = [
+    b"", b"\r", b"\xef\xbb\xbfab", b"a\x00b", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"a\rb",
+    b"a\xe2\x80\xa8b", b"a\xc2\x85b", b"a\x0bb", b"a\x0cb", b"a\x1cb", b"\xf4\x90\x80\x80",
+    b"'" * 50, "İ".encode(), "ﬃ".encode(), "e\u0301".encode(), b"\x1b[31mred", b"%s%n", b"-h",
+    b"../../etc/passwd",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    finish(folder / "run", 20, write_words(folder))
+    return folder / "run"
+
+
+def fuzzed(rng: random.Random) -> bytes:
+    """One line: mostly words, else something out of the list, random bytes, or very long."""
+    kind = rng.random()
+    if kind < 0.5:
+        return "".join(rng.choices("abcdeABCDE", k=rng.randint(1, 13))).encode()
+    if kind < 0.7:
+        return rng.choice(NASTY)
+    if kind < 0.9999:
+        return rng.randbytes(rng.randint(0, 40)).replace(b"\n", b"")
+    return rng.choice([b"a", b"\xff", b"\xe2\x80\xa8"]) * rng.choice(
+        [4095, 4096, 350_000, 1_000_000]
+    )
+
+
+def predict(run: Path, lines: list[bytes], folder: Path) -> tuple[list[bytes], list[str], int]:
+    """(output lines, error lines, most resident bytes) of the real command."""
+    (folder / "in").write_bytes(b"".join(line + b"\n" for line in lines))
+    command = [sys.executable, "-m", "experiments.run", "predict", "--run", str(run)]
+    with (
+        (folder / "in").open("rb") as source,
+        (folder / "out").open("wb") as out,
+        (folder / "err").open("wb") as err,
+    ):
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parents[2], stdin=source, stdout=out, stderr=err
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    errors = (folder / "err").read_bytes().decode("utf-8", "backslashreplace")
+    assert process.returncode == 0 and "Traceback" not in errors
+    output = (folder / "out").read_bytes().split(b"\n")
+    assert output.pop() == b""
+    return output, errors.split("\n"), usage.ru_maxrss
+
+
+@pytest.mark.slow
+def test_fuzzed_lines_come_out_one_for_one_in_flat_memory(finished, tmp_path):
+    rng = random.Random(0)
+    lines = [fuzzed(rng) for _ in range(LINES)]
+    first, _, memory_of_few = predict(finished, lines[: LINES // 10], tmp_path)
+    output, errors, memory = predict(finished, lines, tmp_path)
+    assert len(output) == LINES
+    assert output[: LINES // 10] == first
+    assert memory < 1.1 * memory_of_few
+    told = {int(e.split(" ")[1].rstrip(":")) for e in errors if e.startswith("line ")}
+    # The model may say nothing at all to a word, so an empty answer need not be an error.
+    assert all(not output[number - 1] for number in told)
+    letters = set(b"abcdeABCDE")
+    words = [
+        i for i, line in enumerate(lines, 1) if 0 < len(line) < 12 and letters.issuperset(line)
+    ]
+    assert len(words) > LINES // 3 and not told.intersection(words)
+    nasty = [i for i, line in enumerate(lines, 1) if not line.strip() or b"\x00" in line]
+    assert told.issuperset(nasty)
+
+
+class Canary:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.slow
+def test_no_file_of_a_run_is_unpickled(finished, tmp_path):
+    """Every file of a run folder in turn is a pickle; then, what else the project reads."""
+    canary = tmp_path / "canary"
+    bait = pickle.dumps(Canary(canary))
+    pickle.loads(bait)
+    assert canary.exists()
+    canary.unlink()
+    names = [p.relative_to(finished) for p in sorted(finished.rglob("*")) if p.is_file()]
+    assert {Path("config.json"), Path("checkpoints/journal.json")} < set(names) and len(names) > 15
+    for number, name in enumerate(names):
+        run = shutil.copytree(finished, tmp_path / str(number))
+        (run / name).write_bytes(bait)
+        try:
+            load(run)(["ab"])
+            RunFolder(run).lines()
+            for other in ("results.json", "resumed_from.json"):
+                RunFolder(run).read(other)
+        except UserError as error:
+            assert name.name in str(error)
+        else:  # a damaged step has one before it, and the rest is not read
+            assert name.suffix != ".json" or name.parts[0] in ("checkpoints", "best"), name
+    model = load(finished)
+    like = jax.eval_shape(lambda: init_params(model.model, jax.random.PRNGKey(0)))
+    for extension in ("safetensors", "tsv", "txt", "dict", "json", "jsonl", "pkl", "npz", "npy"):
+        file = tmp_path / f"bait.{extension}"
+        file.write_bytes(bait)
+        for read in (
+            lambda file: import_params(file, like), data.read_lexicon, ledger.read_records,
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=str(file)):
+                read(file)
+    assert not canary.exists()
+
+
+def test_a_ledger_s_figure_leads_nowhere_else(tmp_path):
+    for name, figure in (
+        ("scaling", "../../etc/passwd"), ("scaling", "/etc/passwd"), ("../x", "figures/../x.svg"),
+    ):  # fmt: skip
+        (tmp_path / "claims.json").write_text(json.dumps([{"id": name, "figure": figure}]))
+        with pytest.raises(ledger.ClaimsError, match=r"claims.json: not a ledger of claims"):
+            ledger.read_records(tmp_path / "claims.json")
+
+
+def test_links_inside_a_run_folder_are_not_followed(tmp_path):
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UserError, match=r"run/config.json: a link, which is not followed"):
+        RunFolder(tmp_path / "run").read("config.json")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path)
+    with (
+        Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=r"checkpoints: a link, which is not followed"),
+    ):
+        checkpoints.newest()

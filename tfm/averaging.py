@@ -1,0 +1,31 @@
+"""§6.1 Averaging the parameters of several checkpoints."""
+
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def average(trees: Sequence[chex.ArrayTree]) -> chex.ArrayTree:
+    """x̄ = Σᵢ xᵢ / n, leaf by leaf, summed in f32 or wider; the leaves keep their dtypes.
+
+    The paper averages the parameters of the last 5 checkpoints of a base model, 20 of a big one.
+
+    Args:
+      trees: n ≥ 1 trees of one structure and the same shapes.
+
+    Raises:
+      ValueError: no trees.
+      AssertionError: trees that differ in structure or shapes.
+    """
+    if not trees:
+        raise ValueError("trees=[] has no average")
+    chex.assert_trees_all_equal_shapes_and_dtypes(*trees)
+
+    def mean(*leaves: chex.Array) -> chex.Array:
+        dtype = leaves[0].dtype
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return (sum(jnp.asarray(x, wide) for x in leaves) / len(leaves)).astype(dtype)
+
+    return jax.tree.map(mean, *trees)

@@ -1,0 +1,112 @@
+"""What a folder must hold, byte for byte: the SHA-256 of each of its files."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+
+
+class DamagedError(ValueError):
+    """Which files are not what was written, and why."""
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _settle(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes beside `path`, waits for the disk, and renames: the old file or the new, no half."""
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # of a process cut off; never written through, if it is a link
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> str:
+    """Writes `manifest.json` with size and SHA-256 of every file in `folder`, and `facts`.
+
+    Returns the SHA-256 of the manifest itself, to be kept elsewhere.
+    """
+    present = _files(folder)
+    for path in {*present.values(), *(path.parent for path in present.values())}:
+        _settle(path)  # so that after a power cut no manifest speaks of bytes that never arrived
+    files = {name: [path.stat().st_size, sha256(path)] for name, path in present.items()}
+    text = json.dumps({"files": files, "facts": dict(facts)}, indent=1) + "\n"
+    write_durably(folder / NAME, text)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def verify_manifest(folder: Path, expected: str | None = None) -> dict[str, Any]:
+    """The facts of `folder`'s manifest, after comparing every file with it.
+
+    Names in a manifest are compared with those that are there, and never opened.
+
+    Args:
+      expected: SHA-256 of the manifest, where it is known.
+
+    Raises:
+      DamagedError: naming what is missing, changed, cut, added, or a link.
+    """
+    manifest, present = folder / NAME, _files(folder)
+    if present.pop(NAME, None) is None:
+        raise DamagedError(f"{NAME}: missing")
+    if expected is not None and sha256(manifest) != expected:
+        raise DamagedError(f"{NAME}: not the one that was written (its SHA-256 differs)")
+    try:
+        content = json.loads(manifest.read_bytes())
+        listed = {
+            name: (int(size), str(digest)) for name, (size, digest) in content["files"].items()
+        }
+        facts = dict(content["facts"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"{NAME}: not a manifest") from None
+    wrong = [f"{name}: missing" for name in listed.keys() - present.keys()]
+    wrong += [f"{name}: not in the manifest" for name in present.keys() - listed.keys()]
+    for name in listed.keys() & present.keys():
+        size, digest = listed[name]
+        if (actual := present[name].stat().st_size) != size:
+            wrong.append(f"{name}: {actual} bytes, where {size} were written")
+        elif sha256(present[name]) != digest:
+            wrong.append(f"{name}: changed (its SHA-256 differs)")
+    if wrong:
+        first, *others = sorted(wrong)
+        raise DamagedError(first + (f" (and {len(others)} more)" if others else ""))
+    return facts
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file below `folder` by its relative name; DamagedError for links and other things."""
+    if folder.is_symlink():
+        raise DamagedError(f"{folder.name}: a link, which is not followed")
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(parent) / name
+            relative = path.relative_to(folder).as_posix()
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                raise DamagedError(f"{relative}: not a plain file or folder; it is not followed")
+            if path.is_file():
+                found[relative] = path
+    return found
