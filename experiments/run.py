@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from typing import Any
 
 from experiments.errors import UserError
 
@@ -80,6 +81,23 @@ def told_in_one_line() -> tuple[type[Exception], ...]:
     return UserError, CheckpointError
 
 
+def hide_echoes() -> None:
+    """Keeps what a failed save sets off apart from its own one line.
+
+    Orbax logs the error that it raises. Then Tensorstore reports every array to Orbax's event loop,
+    which is closed by then, and prints a traceback for each.
+    """
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def show_others(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            show(raised)
+
+    sys.unraisablehook = show_others
+
+
 def main(arguments: list[str]) -> None:
     """Runs one experiment; what a user can mend is told in one line, with exit code 2."""
     if arguments[:1] in (["--help"], ["-h"], ["help"]):
@@ -90,7 +108,6 @@ def main(arguments: list[str]) -> None:
         print(f"error: no experiment named {name!r}\n\n{usage()}", file=sys.stderr)
         sys.exit(2)
     flags = arguments[1:] if arguments[:1] == [name] else arguments
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's words; its errors are raised
     try:
         globals()[name](flags)
     except KeyboardInterrupt:  # a training saves first
@@ -104,5 +121,6 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     use_huge_pages()
+    hide_echoes()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a training saves first
     main(sys.argv[1:])

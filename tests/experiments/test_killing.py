@@ -43,8 +43,8 @@ def asked_to_stop(run, flags, when, *numbers, apart=0.0):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_it_compiles_saves_the_first_step(tmp_path, number, code):
     run, flags = tmp_path / "run", write_words(tmp_path)
-    # It is written just before the model is made and the step compiled.
-    returned, error = asked_to_stop(run, flags, (run / "config.json").exists, number)
+    # It is made just before the step is compiled.
+    returned, error = asked_to_stop(run, flags, (run / "checkpoints").exists, number)
     assert returned == code
     assert f"{signal.Signals(number).name}: finishing the step and saving" in error
     assert "stopped and saved at step 1;" in error and sound_step(run) == 1
@@ -54,10 +54,10 @@ def test_a_second_signal_leaves_at_once_even_while_it_compiles(tmp_path):
     run, flags = tmp_path / "run", write_words(tmp_path)
     started = time.monotonic()
     returned, error = asked_to_stop(
-        run, flags, (run / "config.json").exists, signal.SIGTERM, signal.SIGTERM, apart=0.2
+        run, flags, (run / "checkpoints").exists, signal.SIGTERM, signal.SIGTERM, apart=0.2
     )
     assert returned == 143 and "again to leave at once" in error
-    assert "stopped and saved" not in error and not (run / "metrics.jsonl").exists()
+    assert "stopped and saved" not in error and sound_step(run) == 0
     assert time.monotonic() - started < 60
 
 
