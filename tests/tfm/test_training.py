@@ -269,16 +269,22 @@ def test_accumulation_that_does_not_divide_the_rows_is_refused():
 # ---- steps that go wrong
 
 
-def with_gradients_times(factor):
-    """The model, with the gradient that flows through its feed-forward networks multiplied."""
+@jax.custom_vjp
+def scale_gradient(x, factor):
+    return x
 
-    @jax.custom_vjp
-    def scale(x):
-        return x
 
-    scale.defvjp(lambda x: (x, None), lambda _, gradient: (gradient * factor,))
-    functions = Functions(feed_forward=lambda *a, **k: scale(feed_forward(*a, **k)))
-    return Transformer(CONFIG, functions)
+scale_gradient.defvjp(lambda x, factor: (x, factor), lambda f, g: (g * f, jnp.zeros_like(f)))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def step_with_gradients_times(factor, state, batch, guarded):
+    """A step where the gradient through the feed-forward networks is multiplied."""
+    functions = Functions(
+        feed_forward=lambda *a, **k: scale_gradient(feed_forward(*a, **k), factor)
+    )
+    step = make_train_step(Transformer(CONFIG, functions), OPTIMIZER, bos=BOS)
+    return (skip_nonfinite(step) if guarded else step)(state, batch)
 
 
 @pytest.mark.parametrize(
@@ -286,29 +292,22 @@ def with_gradients_times(factor):
     [(np.nan, np.isnan, np.isnan), (np.inf, np.isnan, np.isnan), (1e15, np.isinf, np.isfinite)],
 )
 def test_a_step_without_a_finite_gradient_leaves_the_state_as_it_was(factor, norm, largest):
-    sound = jax.jit(skip_nonfinite(make_train_step(MODEL, OPTIMIZER, bos=BOS)))
-    broken = jax.jit(
-        skip_nonfinite(make_train_step(with_gradients_times(factor), OPTIMIZER, bos=BOS))
-    )
-    before, metrics = sound(fresh_state(), copy_batch(0))
+    before, metrics = step_with_gradients_times(1.0, initial_state(), copy_batch(0), True)
     assert not metrics["skipped"] and before.step == 1
-    after, metrics = broken(before, copy_batch(1))
+    after, metrics = step_with_gradients_times(factor, before, copy_batch(1), True)
     assert metrics["skipped"] and np.isfinite(metrics["loss"])
     assert norm(metrics["gradient_norm"]) and largest(metrics["largest_gradient"])
     jax.tree.map(np.testing.assert_array_equal, after, before)
     # What optax alone makes of it: NaN everywhere, or an update of zero that nobody hears of.
-    unguarded, _ = jax.jit(make_train_step(with_gradients_times(factor), OPTIMIZER, bos=BOS))(
-        before, copy_batch(1)
-    )
+    unguarded, _ = step_with_gradients_times(factor, before, copy_batch(1), False)
     first = jax.tree.leaves(unguarded.params)[0]
     assert unguarded.step == 2 and (np.isnan(first).all() or largest is np.isfinite)
 
 
 def test_a_guarded_step_is_the_same_step():
-    plain, guarded = (
-        jax.jit(wrap(make_train_step(MODEL, OPTIMIZER, bos=BOS)))
-        for wrap in (lambda step: step, skip_nonfinite)
+    (one, _), (two, metrics) = (
+        step_with_gradients_times(1.0, initial_state(), copy_batch(0), guarded)
+        for guarded in (False, True)
     )
-    (one, _), (two, metrics) = (step(fresh_state(), copy_batch(0)) for step in (plain, guarded))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), one, two)
     assert metrics["largest_gradient"] <= metrics["gradient_norm"]
