@@ -357,7 +357,10 @@ FULL_DISK = """
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         print(checkpoints.last_saved)
         checkpoints.save(3, state(3), {})
-    print(checkpoints.last_saved)
+        checkpoints.wait()
+        print(checkpoints.last_saved)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        checkpoints.save(4, state(4), {})
 """
 
 
@@ -371,7 +374,10 @@ def test_a_full_disk_is_told_in_one_line_and_the_next_save_works(tmp_path):
     finished = python(FULL_DISK, tmp_path)
     line, last, end = finished.stdout.splitlines()
     assert line == f"{tmp_path}/2: not saved: File too large"
-    assert (last, end, finished.returncode) == ("1", "3", 0)
+    assert (last, end) == ("1", "3")
+    # The last save failed as well, and nobody waited for it: leaving raises.
+    assert finished.returncode == 1
+    assert f"CheckpointError: {tmp_path}/4: not saved: File too large" in finished.stderr
     assert found(tmp_path) == (3, []) and steps(tmp_path) == [1, 3]
 
 
