@@ -32,6 +32,17 @@ def check_identity(path: Path, notes: dict[str, Any], identity: dict[str, Any]) 
         )
 
 
+def check_newest(folder: RunFolder, steps: int, identity: dict[str, Any]) -> None:
+    """Before anything is written: RunFolderError where the newest checkpoint cannot go on so."""
+    if folder.checkpoints.is_dir():
+        with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+            step, _ = checkpoints.newest()
+            if step is not None:
+                check_identity(folder.checkpoints / str(step), checkpoints.notes(step), identity)
+            if step is not None and step > steps:
+                raise RunFolderError(f"{folder.path} is at step {step}, beyond --steps {steps}")
+
+
 class Keeper:
     """Saves and resumes one run. Use as a context manager: leaving it waits for the saves.
 

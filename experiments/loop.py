@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from experiments.display import Display
 from experiments.errors import UserError
-from experiments.guard import Guard, Meter, Metrics, Skipped
+from experiments.guard import Guard, Meter, Metrics
 from experiments.keeper import Batches, Keeper
 from experiments.run_folder import MetricsLog, RunFolder
 from experiments.stopping import StopSignal
@@ -52,12 +52,45 @@ class Outcome(NamedTuple):
     the first began at."""
 
 
-def _give_up(skipped: Skipped, saved: int | None) -> DivergedError:
-    kept = f"the checkpoint of step {saved} is kept" if saved else "nothing was saved yet"
-    return DivergedError(
-        f"{skipped.in_a_row} steps in a row made no update, at last {skipped}; {kept}. Begin "
-        "another run folder with a lower --learning-rate or more --warmup-steps"
-    )
+@dataclasses.dataclass
+class _Record:
+    """Tells what the steps did: on the screen, in the log, and to the keeper of the best."""
+
+    keeper: Keeper
+    guard: Guard
+    meter: Meter
+    log: MetricsLog
+    display: Display
+    learning_rate: Callable[[int], float]
+    evaluate: Callable[[Any], Metrics]
+
+    def skips(self, leave: int, most: int) -> None:
+        """Looks at the steps under way but the newest `leave`; DivergedError at `most` in a row."""
+        for skipped in self.guard.look(self.meter, leave):
+            self.display.say(f"{skipped}; no update was made")
+            self.log.write_skipped(dataclasses.asdict(skipped))
+            if skipped.in_a_row == most:
+                saved = self.keeper.wait()
+                kept = (
+                    f"the checkpoint of step {saved} is kept" if saved else "nothing was saved yet"
+                )
+                raise DivergedError(
+                    f"{most} steps in a row made no update, at last {skipped}; {kept}. Begin "
+                    "another run folder with a lower --learning-rate or more --warmup-steps"
+                )
+
+    def line(self, state: TrainState, evaluating: bool) -> None:
+        """The figures since the last line, with those of an evaluation where one is due."""
+        step = self.guard.step
+        line, status = self.meter.read()
+        line |= {"step": step, "learning_rate": float(self.learning_rate(step - 1))}
+        self.display.update(step, status)
+        if evaluating:
+            line |= self.evaluate(state.params)
+            self.keeper.save_if_best(state, self.guard, self.meter, line["valid_loss"])
+            self.display.say(validation_line(line))
+            self.meter.restart()  # evaluating is not training's speed
+        self.log.write(line)
 
 
 def train(
@@ -98,17 +131,7 @@ def train(
             if done:
                 display.say(f"resuming {folder.path} at step {done}")
 
-            def record(step: int, evaluating: bool) -> None:
-                line, status = meter.read()
-                line |= {"step": step, "learning_rate": float(learning_rate(step - 1))}
-                display.update(step, status)
-                if evaluating:
-                    line |= evaluate(state.params)
-                    keeper.save_if_best(state, guard, meter, line["valid_loss"])
-                    display.say(validation_line(line))
-                    meter.restart()  # evaluating is not training's speed
-                log.write(line)
-
+            record = _Record(keeper, guard, meter, log, display, learning_rate, evaluate)
             while guard.step < schedule.steps:
                 batch = next(batches)
                 state, metrics = train_step(state, batch)
@@ -117,17 +140,13 @@ def train(
                 display.advance(step)
                 due = schedule.due(step)
                 # Else one step stays under way, so that the device need not wait for the host.
-                for skipped in guard.look(meter, leave=0 if due or stopping else 1):
-                    display.say(f"{skipped}; no update was made")
-                    log.write_skipped(dataclasses.asdict(skipped))
-                    if skipped.in_a_row == schedule.most_skipped:
-                        raise _give_up(skipped, keeper.wait())
+                record.skips(0 if due or stopping else 1, schedule.most_skipped)
                 if guard.step != step:
                     due = set()  # a step was skipped, so this is not yet the one
                 if stopping:
                     keeper.save(state, guard, meter)  # at once: evaluating may take long
                 if "log" in due:
-                    record(step, "evaluate" in due)
+                    record.line(state, "evaluate" in due)
                 if "save" in due:
                     keeper.save(state, guard, meter)
                 if stopping:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments import run as command
 from tfm.checkpoint import Checkpoints
 
 SAVE_EVERY = 10
@@ -40,6 +41,15 @@ class Kill:
     @property
     def lost(self) -> int:
         return self.reached - self.sound
+
+
+def call(*arguments: object) -> int:
+    """The exit code of the command line, run in this process."""
+    try:
+        command.main([str(a) for a in arguments])
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else 1
+    return 0
 
 
 def write_words(folder: Path) -> list[str]:

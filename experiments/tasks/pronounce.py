@@ -12,15 +12,14 @@ import numpy as np
 
 from experiments import data, metrics
 from experiments.data import DataError, Lexicon
-from experiments.keeper import check_identity
+from experiments.keeper import check_newest
 from experiments.loop import Schedule, train
 from experiments.packing import packed_batches, packed_rows
 from experiments.pronouncer import Pronouncer
-from experiments.run_folder import RunFolder, RunFolderError, named, plain, write_json
+from experiments.run_folder import RunFolder, named, plain, write_json
 from experiments.stopping import StopSignal
 from experiments.tasks.pronounce_report import report
 from experiments.vocabulary import BOS, Vocabulary
-from tfm.checkpoint import Checkpoints
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
 from tfm.sharing import export_params
@@ -315,17 +314,6 @@ def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str,
         except DataError as error:
             raise DataError(f"{name} words: {error}") from None
     return made["training"], data.fingerprint(sum(made.values(), []), *vocabularies)
-
-
-def check_newest(folder: RunFolder, steps: int, identity: dict[str, Any]) -> None:
-    """Before anything is written: RunFolderError where the newest checkpoint cannot go on so."""
-    if folder.checkpoints.is_dir():
-        with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-            step, _ = checkpoints.newest()
-            if step is not None:
-                check_identity(folder.checkpoints / str(step), checkpoints.notes(step), identity)
-            if step is not None and step > steps:
-                raise RunFolderError(f"{folder.path} is at step {step}, beyond --steps {steps}")
 
 
 def run(config: PronounceConfig) -> None:

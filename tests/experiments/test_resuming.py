@@ -5,22 +5,13 @@ import os
 import signal
 
 import pytest
-from killing import TINY, write_words
+from killing import TINY, call, write_words
 
 from experiments import loop
-from experiments import run as command
 
 pytestmark = pytest.mark.slow
 STEPS = 60
 ACCUMULATING = ["--accumulation", "2"]
-
-
-def call(*arguments) -> int:
-    try:
-        command.main([str(a) for a in arguments])
-    except SystemExit as stopped:
-        return stopped.code if isinstance(stopped.code, int) else 1
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from killing import call
 
 from experiments import loop
 from experiments import run as command
@@ -38,15 +39,6 @@ TINY = [
     *("--target-length", "12", "--beam", "2", "--learning-rate", "0.02", "--warmup-steps", "10"),
     *("--log-every", "20", "--evaluate-every", "80", "--save-every", "50"),
 ]
-
-
-def call(*arguments) -> int:
-    """The exit code of the command line, run in this process."""
-    try:
-        command.main([str(a) for a in arguments])
-    except SystemExit as stopped:
-        return stopped.code if isinstance(stopped.code, int) else 1
-    return 0
 
 
 @pytest.fixture(scope="module")
