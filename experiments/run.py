@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from typing import Any
 
 from experiments.errors import UserError
@@ -84,9 +85,10 @@ def told_in_one_line() -> tuple[type[Exception], ...]:
 def hide_echoes() -> None:
     """Keeps what a failed save sets off apart from its own one line.
 
-    Orbax logs the error that it raises. Then Tensorstore reports every array to Orbax's event loop,
-    which is closed by then, and prints a traceback for each.
+    Orbax logs the error that it raises, and leaves other writes unawaited. Tensorstore reports
+    every array to Orbax's event loop, closed by then, and prints a traceback for each.
     """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     show = sys.unraisablehook

@@ -251,9 +251,11 @@ def fit(
     examples: list[dict[str, Any]],
     identity: dict[str, Any],
     folder: RunFolder,
-    stop: StopSignal,
 ) -> tuple[Pronouncer, dict[str, Any]]:
-    """Trains (or goes on training); returns the pronouncer and what there is to say of the run."""
+    """Trains (or goes on training); returns the pronouncer and what there is to say of the run.
+
+    Raises SystemExit after SIGINT or SIGTERM, with everything saved.
+    """
     model = Transformer(config.model)
     learning_rate = make_learning_rate(config)
     optimizer = make_optimizer(learning_rate, config.clip)
@@ -274,13 +276,14 @@ def fit(
         config.steps, config.log_every, config.evaluate_every, config.save_every,
         config.most_skipped, config.keep_checkpoints,
     )  # fmt: skip
-    trained, facts = train(
-        jax.jit(skip_nonfinite(train_step), donate_argnums=0), state, batches, folder, schedule,
-        learning_rate=learning_rate,
-        evaluate=make_evaluate(config, lexicons, untrained),
-        identity=identity,
-        stop=stop,
-    )  # fmt: skip
+    with StopSignal() as stop:
+        trained, facts = train(
+            jax.jit(skip_nonfinite(train_step), donate_argnums=0), state, batches, folder, schedule,
+            learning_rate=learning_rate,
+            evaluate=make_evaluate(config, lexicons, untrained),
+            identity=identity,
+            stop=stop,
+        )  # fmt: skip
     parameters = sum(x.size for x in jax.tree.leaves(trained.params))
     return dataclasses.replace(untrained, params=trained.params), {"parameters": parameters} | facts
 
@@ -336,8 +339,7 @@ def run(config: PronounceConfig) -> None:
             folder.set_aside(done.get("steps", 0))
         sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]
         print(*sizes, f"{config.model.parameter_count():,} parameters", sep=", ", flush=True)
-        with StopSignal() as stop:
-            pronouncer, about = fit(config, lexicons, examples, identity, folder, stop)
+        pronouncer, about = fit(config, lexicons, examples, identity, folder)
         valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
         results = results_of(config, about, valid, test)
         report(as_json, lexicons, folder, pronouncer, results, test.hypotheses)
