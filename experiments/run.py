@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> None:
         globals()[name](flags)
     except KeyboardInterrupt:  # a training saves first
         sys.exit(130)
-    except SystemExit:
+    except SystemExit:  # named, so that leaving does not import what the next line needs
         raise
     except told_in_one_line() as error:
         print(f"error: {error}", file=sys.stderr)

@@ -74,6 +74,11 @@ def _reason(error: BaseException) -> str:
     return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {error}".split("\n")[0]
 
 
+def _remove(path: Path) -> None:
+    """A folder with all in it; of a link, the link alone."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
 class Checkpoints:
     """The numbered checkpoints of one folder; the newest `keep` stay.
 
@@ -131,8 +136,7 @@ class Checkpoints:
           CheckpointError: all that was saved is damaged; nothing is touched then. So it is with
             several unfinished steps and no other: a process cut off leaves one at most.
         """
-        if self.folder.is_symlink():
-            raise CheckpointError(f"{self.folder}: a link, which is not followed")
+        self._refuse_link()
         journal, found = self._journal()
         broken_journal, unfinished, damaged = bool(found), [], []
         for step in sorted(self._on_disk() | journal.keys(), reverse=True):
@@ -177,12 +181,19 @@ class Checkpoints:
         self._remove_leftovers()
 
     def discard(self, after: int) -> None:
-        """Removes the steps beyond `after`: they are about to be done again, maybe otherwise."""
+        """Removes the steps beyond `after`: they are about to be done again, maybe otherwise.
+
+        Raises CheckpointError where the folder is a link, or cannot be changed.
+        """
+        self._refuse_link()
         journal, _ = self._journal()
-        self._write_journal({step: digest for step, digest in journal.items() if step <= after})
-        for step in [s for s in self._on_disk() if s > after]:
-            shutil.rmtree(self._path(step))
-            self._facts.pop(step, None)
+        try:
+            self._write_journal({step: digest for step, digest in journal.items() if step <= after})
+            for step in [s for s in self._on_disk() if s > after]:
+                _remove(self._path(step))
+                self._facts.pop(step, None)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
 
     def save(self, step: int, state: TrainState, notes: Mapping[str, Any]) -> None:
         """Begins to save; the arrays are copied before it returns, so they may be donated.
@@ -284,6 +295,10 @@ class Checkpoints:
                 f"({'; '.join(differing[:3])}{more})"
             )
 
+    def _refuse_link(self) -> None:
+        if self.folder.is_symlink():
+            raise CheckpointError(f"{self.folder}: a link, which is not followed")
+
     def _path(self, step: int) -> Path:
         return self.folder / str(step)
 
@@ -312,7 +327,7 @@ class Checkpoints:
     def _set_aside(self, steps: list[int], why: str) -> None:
         for path in filter(os.path.lexists, map(self._path, steps)):
             for older in self.folder.glob(f"*.{why}"):  # one is enough to look into
-                older.unlink() if older.is_symlink() else shutil.rmtree(older)
+                _remove(older)
             path.rename(path.with_name(f"{path.name}.{why}"))
 
     def _remove_leftovers(self) -> None:

@@ -446,6 +446,16 @@ def test_a_damaged_best_is_named_and_sought_anew(tmp_path, whole, capsys):
     assert f"{tmp_path / 'best'}" in capsys.readouterr().err
 
 
+def test_a_best_that_is_a_link_is_refused_and_what_it_leads_to_is_kept(tmp_path):
+    run(tmp_path / "run", steps=9)
+    (tmp_path / "run" / "best").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "best").symlink_to(tmp_path / "elsewhere")
+    before = files(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="best: a link, which is not followed"):
+        run(tmp_path / "run")
+    assert before and files(tmp_path / "elsewhere") == before
+
+
 def test_a_best_beyond_the_step_that_is_resumed_does_not_stand_in_the_way(tmp_path):
     falling, rising = ({"valid_loss": x} for x in (3.0, 1.0)), ({"valid_loss": x} for x in (2.0,))
     run(tmp_path, steps=6, evaluate=lambda params: next(falling), evaluate_every=3, save_every=4)
