@@ -92,12 +92,12 @@ class Keeper:
         return state, notes
 
     def _resume_best(self, done: int, say: Callable[[str], None]) -> None:
-        """The lowest loss so far; a best beyond `done`, or damaged, is let go and sought anew."""
+        """The lowest loss so far; a best that is damaged is set aside, one beyond `done` let go."""
         try:
             best, found = self._best.newest()
         except CheckpointError as error:
-            best, found = None, [f"{error}. It is sought anew"]
-            self._best.discard(after=-1)
+            best, found = None, [f"{error}. This one is set aside, and the best sought anew"]
+            self._best.set_aside_all()
         for line in found:
             say(line)
         if best is not None and best > done:

@@ -1,5 +1,6 @@
-"""Checkpoints on disk, with Orbax and a manifest: the one room of `tfm` with a door to the disk."""
+"""Checkpoints on disk, with Orbax and a manifest (`tfm.manifest`)."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -79,6 +80,17 @@ def _remove(path: Path) -> None:
     path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
+@dataclasses.dataclass
+class _Found:
+    """What a search for the newest sound step met on its way."""
+
+    journal: dict[int, str]
+    journal_is_broken: bool
+    lines: list[str]
+    unfinished: list[int] = dataclasses.field(default_factory=list)
+    damaged: list[int] = dataclasses.field(default_factory=list)
+
+
 class Checkpoints:
     """The numbered checkpoints of one folder; the newest `keep` stay.
 
@@ -137,8 +149,8 @@ class Checkpoints:
             several unfinished steps and no other: a process cut off leaves one at most.
         """
         self._refuse_link()
-        journal, found = self._journal()
-        broken_journal, unfinished, damaged = bool(found), [], []
+        journal, lines = self._journal()
+        found = _Found(journal, bool(lines), lines)
         for step in sorted(self._on_disk() | journal.keys(), reverse=True):
             path = self._path(step)
             try:
@@ -146,39 +158,48 @@ class Checkpoints:
                 break
             except (DamagedError, OSError) as error:
                 begun = (path / manifest.NAME).exists() or path.is_symlink()
-                if begun or broken_journal or step in journal:
-                    damaged.append(step)
-                    found.append(f"{path}: damaged, left out: {error}")
+                if begun or found.journal_is_broken or step in journal:
+                    found.damaged.append(step)
+                    lines.append(f"{path}: damaged, left out: {error}")
                 else:
-                    unfinished.append(step)
+                    found.unfinished.append(step)
                     if not self._read_only:  # else it may be under way, in another process
-                        found.append(f"{path}: its save was never finished, left out")
+                        lines.append(f"{path}: its save was never finished, left out")
         else:
             step = None
-            if damaged or broken_journal or len(unfinished) > 1:
+            if found.damaged or found.journal_is_broken or len(found.unfinished) > 1:
                 raise CheckpointError(
-                    f"no sound checkpoint is left in {self.folder}: {'; '.join(found)}. "
+                    f"no sound checkpoint is left in {self.folder}: {'; '.join(lines)}. "
                     "Put back a copy, or begin another run folder"
                 )
         if not self._read_only:
             try:
-                self._tidy(step, unfinished, damaged, journal, broken_journal)
+                self._tidy(step, found)
             except OSError as error:
                 raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
-        return step, found
+        return step, lines
 
-    def _tidy(
-        self, step: int | None, unfinished: list[int], damaged: list[int],
-        journal: dict[int, str], broken_journal: bool,
-    ) -> None:  # fmt: skip
-        self._set_aside(unfinished, "unfinished")
-        self._set_aside(damaged, "damaged")
-        sound = {s: digest for s, digest in journal.items() if s not in damaged}
+    def _tidy(self, step: int | None, found: _Found) -> None:
+        self._set_aside(found.unfinished, "unfinished")
+        self._set_aside(found.damaged, "damaged")
+        sound = {s: digest for s, digest in found.journal.items() if s not in found.damaged}
         if step is not None and step not in sound:  # cut off just before it was entered
             sound[step] = manifest.sha256(self._path(step) / manifest.NAME)
-        if sound != journal or broken_journal:
+        if sound != found.journal or found.journal_is_broken:
             self._write_journal(sound)
         self._remove_leftovers()
+
+    def set_aside_all(self) -> None:
+        """Sets every step aside as damaged, so that a folder that `newest` refuses begins anew.
+
+        Raises CheckpointError where the folder is a link, or cannot be changed.
+        """
+        self._refuse_link()
+        try:
+            self._set_aside(sorted(self._on_disk()), "damaged")
+            self._write_journal({})
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
 
     def discard(self, after: int) -> None:
         """Removes the steps beyond `after`: they are about to be done again, maybe otherwise.

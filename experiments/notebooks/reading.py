@@ -56,8 +56,9 @@ def train_small():
     )  # fmt: skip
     lexicons = pronounce.load_lexicons(config)
     examples, fingerprint = pronounce.prepare(config, lexicons)
+    identity = {"data_sha256": fingerprint}
     with tempfile.TemporaryDirectory() as folder:
-        return pronounce.fit(config, lexicons, examples, fingerprint, RunFolder(Path(folder)))[0]
+        return pronounce.fit(config, lexicons, examples, identity, RunFolder(Path(folder)))[0]
 
 
 with capture_output():  # progress is for who waits

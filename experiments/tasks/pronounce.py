@@ -262,12 +262,6 @@ def fit(
     train_step = make_train_step(
         model, optimizer, bos=BOS, smoothing=config.smoothing, accumulation=config.accumulation
     )
-    # A raw key: a plain array, like all else in the state.
-    state = init_state(model, optimizer, jax.random.PRNGKey(config.seed))
-    untrained = Pronouncer(
-        model, state.params, lexicons.letters, lexicons.phones,
-        config.source_length, config.target_length, config.beam, config.alpha,
-    )  # fmt: skip
     batches = packed_batches(
         examples, rows=config.rows, source_length=config.source_length,
         target_length=config.target_length, seed=config.seed,
@@ -277,6 +271,12 @@ def fit(
         config.most_skipped, config.keep_checkpoints,
     )  # fmt: skip
     with StopSignal() as stop:
+        # A raw key: a plain array, like all else in the state.
+        state = init_state(model, optimizer, jax.random.PRNGKey(config.seed))
+        untrained = Pronouncer(
+            model, state.params, lexicons.letters, lexicons.phones,
+            config.source_length, config.target_length, config.beam, config.alpha,
+        )  # fmt: skip
         trained, facts = train(
             jax.jit(skip_nonfinite(train_step), donate_argnums=0), state, batches, folder, schedule,
             learning_rate=learning_rate,

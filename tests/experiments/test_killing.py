@@ -2,7 +2,9 @@
 
 import json
 import resource
+import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -87,6 +89,34 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(tmp_path):
     assert last.startswith(f"error: {run}/") and last.endswith(": File too large")
     assert sound_step(run) == 20
     assert finish(run, 60, flags)["resumed_from"] == [20, 20]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 4 MB in memory, where one may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_ends_the_run_in_one_line_and_loses_nothing(tmp_path, small_disk):
+    """C5 on a real disk: nothing is free, then room to begin but none to save, then enough."""
+    run, flags, ballast = small_disk / "run", write_words(tmp_path), small_disk / "ballast"
+    finish(run, 20, flags)
+    for free, where in ((0, "config.json"), (48 << 10, "checkpoints/30: not saved")):
+        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - free))
+        process = start(run, 60, flags)
+        error = process.communicate(timeout=120)[1].decode()
+        assert process.returncode == 2 and error.count("error: ") == 1 and "Traceback" not in error
+        last = error.splitlines()[-1]
+        assert last == f"error: {run}/{where}: No space left on device"
+        assert sound_step(run) == 20
+        ballast.unlink()
+    assert set(finish(run, 60, flags)["resumed_from"]) == {20}
 
 
 def test_a_second_run_in_one_folder_is_refused(tmp_path):

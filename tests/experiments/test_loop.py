@@ -438,12 +438,16 @@ def test_the_best_by_validation_is_kept_apart(tmp_path):
     assert best() == (8, 0.5)
 
 
-def test_a_damaged_best_is_named_and_sought_anew(tmp_path, whole, capsys):
+def test_a_damaged_best_is_named_set_aside_and_sought_anew(tmp_path, whole, capsys):
     run(tmp_path, steps=9)
-    for manifest in (tmp_path / "best").glob("*/manifest.json"):
-        flip(manifest)
+    [best] = (tmp_path / "best").glob("[0-9]*")
+    flip(best / "manifest.json")
+    damaged = [*files(best).values()]
     assert_same(run(tmp_path).state, whole[1].state)
-    assert f"{tmp_path / 'best'}" in capsys.readouterr().err
+    assert f"{best}: damaged, left out: manifest.json" in capsys.readouterr().err
+    assert [*files(best.with_name(f"{best.name}.damaged")).values()] == damaged
+    with Checkpoints(tmp_path / "best", read_only=True) as checkpoints:
+        assert checkpoints.newest()[0] is not None
 
 
 def test_a_best_that_is_a_link_is_refused_and_what_it_leads_to_is_kept(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from killing import TINY, call, write_words
 
 from experiments import loop
+from experiments.tasks import pronounce
 
 pytestmark = pytest.mark.slow
 STEPS = 60
@@ -33,7 +34,6 @@ def whole(tmp_path_factory, flags):
 def rows_an_epoch(flags):
     """How many packed rows the training words make."""
     from experiments.packing import packed_rows
-    from experiments.tasks import pronounce
 
     config = pronounce.PronounceConfig(train_file=flags[1], valid_file=flags[3], source_length=12)
     lexicons = pronounce.load_lexicons(config)
@@ -71,3 +71,17 @@ def test_a_resumed_run_ends_in_the_same_state(tmp_path, flags, whole, cuts, kind
     assert results["state_sha256"] == whole[kind]["state_sha256"]
     assert results["resumed_from"] == cuts
     assert whole["plain"]["state_sha256"] != whole["accumulating"]["state_sha256"]
+
+
+def test_a_signal_while_the_parameters_are_made_saves_the_first_step(
+    tmp_path, flags, monkeypatch, capsys
+):
+    init_state = pronounce.init_state
+
+    def stop_and_init(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return init_state(*arguments)
+
+    monkeypatch.setattr(pronounce, "init_state", stop_and_init)
+    assert call("--run", tmp_path, *flags) == 143
+    assert "stopped and saved at step 1;" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from checks import assert_close, relative_error
 
 from tfm import Transformer, TransformerConfig, summed_loss
@@ -67,10 +68,17 @@ TWO = ([8, 2, 6], [1, 10, 3])
 THREE = ([5, 11], [1, 7, 2, 3])
 
 
-def test_padding_does_not_change_a_sequence():
-    source, target = np.int32([ONE[0]]), np.int32([ONE[1]])
+SHORTEST = ([3], [1])
+LONGEST_SOURCE = ([3, 7, 5, 8, 2, 6, 4, 9, 5], [1])
+LONGEST_TARGET = ([3], [1, 4, 4, 9, 6, 2, 7, 3, 5])
+
+
+@pytest.mark.parametrize("pair", [ONE, SHORTEST, LONGEST_SOURCE, LONGEST_TARGET])
+def test_padding_does_not_change_a_sequence(pair):
+    source, target = np.int32([pair[0]]), np.int32([pair[1]])
     bare, _ = run(CONFIG, parameters(), {"source": source, "target": target})
-    assert_close(logits(parameters(), pack([ONE]))[0, :5], bare[0], 1e-5)
+    padded = logits(parameters(), pack([pair]))[0, : target.size]
+    assert_close(padded, bare[0], 1e-5)
 
 
 def test_padding_is_where_the_token_is_0_unless_segments_say_otherwise():
