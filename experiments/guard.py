@@ -78,10 +78,10 @@ def _what_is_wrong(metrics: dict) -> str:
 class Guard:
     """Counts the updates, looking at each step's metrics when the device has them."""
 
-    def __init__(self, done: int, drawn: int) -> None:
+    def __init__(self, done: int, drawn: int, in_a_row: int = 0) -> None:
         self.step = done  # updates made
         self.drawn = drawn  # batches drawn since the run began
-        self._in_a_row = 0  # steps skipped since the last update
+        self.in_a_row = in_a_row  # steps skipped since the last update
         self._under_way: collections.deque[tuple[int, dict, dict]] = collections.deque()
 
     def add(self, batch: dict, metrics: dict) -> None:
@@ -100,10 +100,10 @@ class Guard:
         while len(self._under_way) > leave:
             number, batch, metrics = self._under_way.popleft()
             if metrics["skipped"]:
-                self._in_a_row += 1
+                self.in_a_row += 1
                 why = _what_is_wrong(metrics)
-                skipped.append(Skipped(self.step + 1, number, why, self._in_a_row))
+                skipped.append(Skipped(self.step + 1, number, why, self.in_a_row))
             else:
-                self.step, self._in_a_row = self.step + 1, 0
+                self.step, self.in_a_row = self.step + 1, 0
                 meter.add(batch, metrics)
         return skipped

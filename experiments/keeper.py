@@ -33,7 +33,9 @@ def check_identity(path: Path, notes: dict[str, Any], identity: dict[str, Any]) 
 
 
 def check_newest(folder: RunFolder, steps: int, identity: dict[str, Any]) -> None:
-    """Before anything is written: RunFolderError where the newest checkpoint cannot go on so."""
+    """Before anything is written: RunFolderError where the run cannot go on so, since its newest
+    checkpoint is another run's, is beyond `steps`, or is gone."""
+    step = None
     if folder.checkpoints.is_dir():
         with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
             step, _ = checkpoints.newest()
@@ -41,13 +43,21 @@ def check_newest(folder: RunFolder, steps: int, identity: dict[str, Any]) -> Non
                 check_identity(folder.checkpoints / str(step), checkpoints.notes(step), identity)
             if step is not None and step > steps:
                 raise RunFolderError(f"{folder.path} is at step {step}, beyond --steps {steps}")
+    finished = (folder.read("results.json") or {}).get("steps", 0)
+    before = max(finished, *folder.sittings(), 0)
+    if step is None and before and finished != steps:
+        raise RunFolderError(
+            f"{folder.checkpoints}: its checkpoints are gone, though the run was at step {before}: "
+            "put them back, or name another folder with --run"
+        )
 
 
 class Keeper:
     """Saves and resumes one run. Use as a context manager: leaving it waits for the saves.
 
-    Beside the state a checkpoint holds the position of the batches, how many were drawn, the
-    seconds so far, and the identity of the run: its resolved config and its data's fingerprint.
+    Beside the state a checkpoint holds the position of the batches, how many were drawn, how many
+    steps in a row made no update, the seconds so far, and the identity of the run: its resolved
+    config and its data's fingerprint.
     """
 
     def __init__(
@@ -80,28 +90,30 @@ class Keeper:
         step, found = self._newest.newest()
         for line in found:
             say(line)
-        self._resume_best(step or 0, say)
         if step is None:
+            self._resume_best(0, say)
             if found:
                 say("no save was ever finished: beginning anew")
-            return state, {"seconds": 0.0, "batches": 0}
+            return state, {"seconds": 0.0, "batches": 0, "in_a_row": 0}
         notes = self._newest.notes(step)
         check_identity(self._newest.folder / str(step), notes, self._identity)
         state = self._newest.restore(step, state)
+        self._resume_best(step, say)
         self._batches.set_state(notes["data"])
         return state, notes
 
     def _resume_best(self, done: int, say: Callable[[str], None]) -> None:
-        """The lowest loss so far; a best that is damaged is set aside, one beyond `done` let go."""
+        """The lowest loss so far; a best that is damaged or beyond `done` is set aside."""
         try:
             best, found = self._best.newest()
         except CheckpointError as error:
             best, found = None, [f"{error}. This one is set aside, and the best sought anew"]
-            self._best.set_aside_all()
+            self._best.set_aside(-1, "damaged")
         for line in found:
             say(line)
         if best is not None and best > done:
-            self._best.discard(after=done)
+            say(f"{self._best.folder / str(best)}: beyond step {done}, set aside and sought anew")
+            self._best.set_aside(done, "undone")
         elif best is not None:
             self._lowest = self._best.notes(best)["valid_loss"]
 
@@ -110,6 +122,7 @@ class Keeper:
             "identity": self._identity,
             "data": self._batches.get_state(),
             "batches": guard.drawn,
+            "in_a_row": guard.in_a_row,
             "seconds": meter.seconds,
         }
 

@@ -122,7 +122,7 @@ def train(
         state, notes = keeper.resume(state, stop.say)
         done = int(state.step)
         resumed_from = folder.note_sitting(done)
-        guard, meter = Guard(done, notes["batches"]), Meter(notes["seconds"])
+        guard, meter = Guard(done, notes["batches"], notes["in_a_row"]), Meter(notes["seconds"])
         with (
             MetricsLog(folder, done + 1, guard.drawn) as log,
             Display(schedule.steps, done) as display,

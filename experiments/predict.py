@@ -2,14 +2,13 @@
 
 import dataclasses
 import itertools
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from experiments.errors import UserError
 from experiments.pronouncer import Pronouncer, UnpronounceableError, load
+from experiments.streams import to_reader
 
 LINES_AT_ONCE = 4096  # sorted by length within; enough to fill batches, little to hold
 LONGEST = 1 << 12  # bytes of a line that are looked at; the rest of a longer one is dropped
@@ -51,7 +50,7 @@ def _decode_line(pronouncer: Pronouncer, number: int, line: bytes) -> str | None
         return None
     try:
         # utf-8-sig: a byte order mark before the first word is no letter of it.
-        word = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        word = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r\n")
         pronouncer.encode(word)
         return word
     except UnicodeDecodeError:
@@ -89,13 +88,12 @@ def predict(
 def run(config: PredictConfig) -> None:
     """Standard input to standard output."""
     pronouncer = load(config.run)
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: the input is UTF-8 too
     at_once = 1 if sys.stdin.isatty() else LINES_AT_ONCE  # a person waits for each answer
-    try:
-        for line in predict(pronouncer, lines_of(sys.stdin.buffer), config, at_once):
-            print(line, flush=at_once == 1)
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more at exit
-        if not isinstance(error, BrokenPipeError):  # the reader has left (`| head`): no error
-            raise UserError(f"standard output: {error.strerror}") from None
+    output = sys.stdout.buffer  # UTF-8 whatever the locale: the input is UTF-8 too
+    for line in predict(pronouncer, lines_of(sys.stdin.buffer), config, at_once):
+        with to_reader():
+            output.write(line.encode() + b"\n")
+            if at_once == 1:
+                output.flush()
+    with to_reader():
+        output.flush()

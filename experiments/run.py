@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 from experiments.errors import UserError
+from experiments.streams import Talk
 
 EXPERIMENTS = {
     "pronounce": "Train a Transformer to pronounce words, and report on it (the default).",
@@ -123,6 +124,7 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     use_huge_pages()
+    sys.stdout, sys.stderr = Talk(sys.stdout), Talk(sys.stderr)
     hide_echoes()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a training saves first
     main(sys.argv[1:])

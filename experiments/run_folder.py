@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
     Raises RunFolderError naming the path, and leaves the old file, where the system refuses.
     """
     with named(path):
-        write_durably(path, text)
+        write_durably(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -99,7 +99,7 @@ class RunFolder:
             return None
         except OSError as error:
             raise RunFolderError(f"{file}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunFolderError(f"{file}: {error}") from None
 
     def _check(self, config: dict[str, Any], may_differ: Collection[str]) -> None:
@@ -111,7 +111,12 @@ class RunFolder:
             )
 
     @contextlib.contextmanager
-    def claim(self, config: dict[str, Any], may_differ: Collection[str]) -> Iterator[None]:
+    def claim(
+        self,
+        config: dict[str, Any],
+        may_differ: Collection[str],
+        check: Callable[[], None] = lambda: None,
+    ) -> Iterator[None]:
         """Makes the folder, holds it for this process alone, and writes config.json.
 
         Raises RunFolderError, and writes nothing, where it cannot, where another process holds the
@@ -127,6 +132,7 @@ class RunFolder:
                 raise RunFolderError(f"{self.path}: another process is working in it") from None
         with held:
             self._check(config, may_differ)
+            check()
             write_json(self.path / "config.json", config)
             yield
 
@@ -140,13 +146,23 @@ class RunFolder:
             if file.exists():
                 file.replace(file.with_stem(f"{file.stem}-{steps}"))
 
+    def sittings(self) -> list[int]:
+        """The steps that training has gone on at so far.
+
+        Raises RunFolderError where resumed_from.json does not hold them.
+        """
+        noted = self.read("resumed_from.json")
+        steps = [] if noted is None else noted.get("steps")
+        if not isinstance(steps, list) or not all(isinstance(step, int) for step in steps):
+            raise RunFolderError(f"{self.path / 'resumed_from.json'}: no list of steps")
+        return steps
+
     def note_sitting(self, step: int) -> list[int]:
         """Notes that training goes on at `step`; returns the steps that it has gone on at so far.
 
         Step 0 is no going on but a beginning, which forgets the others.
         """
-        before = (self.read("resumed_from.json") or {}).get("steps", [])
-        resumed = [*before, step] if step else []
+        resumed = [*self.sittings(), step] if step else []
         write_json(self.path / "resumed_from.json", {"steps": resumed})
         return resumed
 
@@ -161,10 +177,16 @@ class RunFolder:
             raise RunFolderError(f"{file}: a link, which is not followed")
         with named(file):
             lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-        try:
-            return [dict(json.loads(line)) for line in lines]
-        except (ValueError, TypeError) as error:
-            raise RunFolderError(f"{file}: a line that is not JSON ({error})") from None
+        read = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                read.append(dict(json.loads(line)))
+                place = "batch" if "skipped" in read[-1] else "step"
+                if not isinstance(read[-1].get(place), int):
+                    raise ValueError(f"no {place}")
+            except (ValueError, TypeError, RecursionError) as error:
+                raise RunFolderError(f"{file}, line {number}: not a line of it ({error})") from None
+        return read
 
 
 class MetricsLog:
@@ -181,6 +203,8 @@ class MetricsLog:
             if (m["batch"] <= batches if "skipped" in m else m["step"] < first_step)
         ]  # fmt: skip
         path, self._directory = folder.path / "metrics.jsonl", folder.path / "tensorboard"
+        if self._directory.is_symlink():
+            raise RunFolderError(f"{self._directory}: a link, which is not followed")
         write_text(path, "".join(json.dumps(metrics) + "\n" for metrics in kept))
         with named(path):
             self._file = path.open("a", encoding="utf-8")

@@ -68,10 +68,8 @@ def write_words(folder: Path) -> list[str]:
 def start(run: Path, steps: int, flags: list[str], **options: Any) -> subprocess.Popen:
     """The real command on a tiny model; `options` are Popen's."""
     command = [sys.executable, "-m", "experiments.run", "--run", str(run), "--steps", str(steps)]
-    return subprocess.Popen(
-        [*command, *flags, *TINY], cwd=Path(__file__).parents[1],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([*command, *flags, *TINY], cwd=Path(__file__).parents[1], **options)
 
 
 def half_written(checkpoints: Path) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints on disk, with Orbax and a manifest (`tfm.manifest`)."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -145,18 +146,35 @@ class Checkpoints:
         not sound are set aside as `STEP.unfinished` and `STEP.damaged`.
 
         Raises:
-          CheckpointError: all that was saved is damaged; nothing is touched then. So it is with
-            several unfinished steps and no other: a process cut off leaves one at most.
+          CheckpointError: all that was saved is damaged, or the disk cannot be read; nothing is
+            touched then. So it is with several unfinished steps and no other: a process cut off
+            leaves one at most.
         """
         self._refuse_link()
+        step, found = self._search()
+        while self._read_only and found.lines and self._journal()[0] != found.journal:
+            step, found = self._search()  # a trainer let a step go while it was looked at
+        if step is None and (found.damaged or found.journal_is_broken or len(found.unfinished) > 1):
+            raise CheckpointError(
+                f"no sound checkpoint is left in {self.folder}: {'; '.join(found.lines)}. "
+                "Put back a copy, or begin another run folder"
+            )
+        if not self._read_only:
+            try:
+                self._tidy(step, found)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
+        return step, found.lines
+
+    def _search(self) -> tuple[int | None, _Found]:
         journal, lines = self._journal()
         found = _Found(journal, bool(lines), lines)
         for step in sorted(self._on_disk() | journal.keys(), reverse=True):
             path = self._path(step)
             try:
                 self._facts[step] = manifest.verify_manifest(path, journal.get(step))
-                break
-            except (DamagedError, OSError) as error:
+                return step, found
+            except (DamagedError, FileNotFoundError) as error:
                 begun = (path / manifest.NAME).exists() or path.is_symlink()
                 if begun or found.journal_is_broken or step in journal:
                     found.damaged.append(step)
@@ -165,19 +183,9 @@ class Checkpoints:
                     found.unfinished.append(step)
                     if not self._read_only:  # else it may be under way, in another process
                         lines.append(f"{path}: its save was never finished, left out")
-        else:
-            step = None
-            if found.damaged or found.journal_is_broken or len(found.unfinished) > 1:
-                raise CheckpointError(
-                    f"no sound checkpoint is left in {self.folder}: {'; '.join(lines)}. "
-                    "Put back a copy, or begin another run folder"
-                )
-        if not self._read_only:
-            try:
-                self._tidy(step, found)
-            except OSError as error:
-                raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
-        return step, lines
+            except OSError as error:  # unreadable now is not damaged
+                raise CheckpointError(f"{path}: {_reason(error)}") from None
+        return None, found
 
     def _tidy(self, step: int | None, found: _Found) -> None:
         self._set_aside(found.unfinished, "unfinished")
@@ -189,20 +197,8 @@ class Checkpoints:
             self._write_journal(sound)
         self._remove_leftovers()
 
-    def set_aside_all(self) -> None:
-        """Sets every step aside as damaged, so that a folder that `newest` refuses begins anew.
-
-        Raises CheckpointError where the folder is a link, or cannot be changed.
-        """
-        self._refuse_link()
-        try:
-            self._set_aside(sorted(self._on_disk()), "damaged")
-            self._write_journal({})
-        except OSError as error:
-            raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
-
-    def discard(self, after: int) -> None:
-        """Removes the steps beyond `after`: they are about to be done again, maybe otherwise.
+    def set_aside(self, after: int, why: str) -> None:
+        """Renames the steps beyond `after` to `STEP.why`: they are about to be done again.
 
         Raises CheckpointError where the folder is a link, or cannot be changed.
         """
@@ -210,11 +206,10 @@ class Checkpoints:
         journal, _ = self._journal()
         try:
             self._write_journal({step: digest for step, digest in journal.items() if step <= after})
-            for step in [s for s in self._on_disk() if s > after]:
-                _remove(self._path(step))
-                self._facts.pop(step, None)
+            self._set_aside([step for step in self._on_disk() if step > after], why)
         except OSError as error:
             raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
+        self._facts = {step: facts for step, facts in self._facts.items() if step <= after}
 
     def save(self, step: int, state: TrainState, notes: Mapping[str, Any]) -> None:
         """Begins to save; the arrays are copied before it returns, so they may be donated.
@@ -338,19 +333,21 @@ class Checkpoints:
             return {int(step): str(digest) for step, digest in saved.items()}, []
         except FileNotFoundError:
             return {}, []
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return {}, [f"{file}: damaged, left out: {_reason(error)}"]
 
     def _write_journal(self, saved: dict[int, str]) -> None:
-        text = json.dumps({"saved": saved}, indent=1) + "\n"
-        manifest.write_durably(self.folder / JOURNAL, text)
+        content = json.dumps({"saved": saved}, indent=1) + "\n"
+        manifest.write_durably(self.folder / JOURNAL, content.encode())
 
     def _set_aside(self, steps: list[int], why: str) -> None:
-        for path in filter(os.path.lexists, map(self._path, steps)):
-            for older in self.folder.glob(f"*.{why}"):  # one is enough to look into
-                _remove(older)
+        found = [path for path in map(self._path, steps) if os.path.lexists(path)]
+        for older in self.folder.glob(f"*.{why}") if found else ():  # the latest are enough
+            _remove(older)
+        for path in found:
             path.rename(path.with_name(f"{path.name}.{why}"))
 
     def _remove_leftovers(self) -> None:
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(path)

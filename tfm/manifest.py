@@ -20,7 +20,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _settle(path: Path) -> None:
+def _wait_for_disk(path: Path) -> None:
     """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -29,13 +29,13 @@ def _settle(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, content: bytes) -> None:
     """Writes beside `path`, waits for the disk, and renames: the old file or the new, no half."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)  # of a process cut off; never written through, if it is a link
     try:
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -51,11 +51,13 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> str:
     """
     present = _files(folder)
     for path in {*present.values(), *(path.parent for path in present.values())}:
-        _settle(path)  # so that after a power cut no manifest speaks of bytes that never arrived
+        _wait_for_disk(
+            path
+        )  # so that after a power cut no manifest speaks of bytes that never arrived
     files = {name: [path.stat().st_size, sha256(path)] for name, path in present.items()}
-    text = json.dumps({"files": files, "facts": dict(facts)}, indent=1) + "\n"
-    write_durably(folder / NAME, text)
-    return hashlib.sha256(text.encode()).hexdigest()
+    content = (json.dumps({"files": files, "facts": dict(facts)}, indent=1) + "\n").encode()
+    write_durably(folder / NAME, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def verify_manifest(folder: Path, expected: str | None = None) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def verify_manifest(folder: Path, expected: str | None = None) -> dict[str, Any]
 
     Raises:
       DamagedError: naming what is missing, changed, cut, added, or a link.
+      OSError: the system refuses to read something that is there.
     """
     manifest, present = folder / NAME, _files(folder)
     if present.pop(NAME, None) is None:
@@ -80,7 +83,7 @@ def verify_manifest(folder: Path, expected: str | None = None) -> dict[str, Any]
             name: (int(size), str(digest)) for name, (size, digest) in content["files"].items()
         }
         facts = dict(content["facts"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedError(f"{NAME}: not a manifest") from None
     wrong = [f"{name}: missing" for name in listed.keys() - present.keys()]
     wrong += [f"{name}: not in the manifest" for name in present.keys() - listed.keys()]
@@ -96,12 +99,18 @@ def verify_manifest(folder: Path, expected: str | None = None) -> dict[str, Any]
     return facts
 
 
+def _refuse(error: OSError) -> None:
+    """What cannot be listed is not for that reason missing; only a folder that is gone is."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """Every file below `folder` by its relative name; DamagedError for links and other things."""
     if folder.is_symlink():
         raise DamagedError(f"{folder.name}: a link, which is not followed")
     found = {}
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_refuse):
         for name in (*folders, *names):
             path = Path(parent) / name
             relative = path.relative_to(folder).as_posix()

@@ -7,8 +7,10 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from safetensors import SafetensorError
-from safetensors.flax import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import load_file, save
+
+from tfm.manifest import write_durably
 
 
 def export_params(
@@ -23,12 +25,15 @@ def export_params(
     """
     named = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     arrays = {name: jnp.asarray(leaf) for name, leaf in named.items()}
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    try:
-        save_file(arrays, partial, dict(about or {}))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_durably(Path(path), save(arrays, dict(about or {})))
+
+
+def _short_name(dtype: jnp.dtype) -> str:
+    """What safetensors calls a type: F32, BF16, I64, BOOL."""
+    letters = dtype.name.rstrip("0123456789").upper()
+    return {"FLOAT": "F", "BFLOAT": "BF", "INT": "I", "UINT": "U"}.get(letters, letters) + (
+        dtype.name[len(letters) :]
+    )
 
 
 def import_params(path: str | Path, like: chex.ArrayTree) -> chex.ArrayTree:
@@ -39,15 +44,17 @@ def import_params(path: str | Path, like: chex.ArrayTree) -> chex.ArrayTree:
         known, or of another type.
     """
     try:
+        with safe_open(path, "flax") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            there = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
         arrays = load_file(path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
     expected = traverse_util.flatten_dict(like, sep="/")
-    types = [{n: (x.dtype.name, x.shape) for n, x in named.items()} for named in (arrays, expected)]
-    for name in sorted(types[0].keys() | types[1].keys()):
-        there, wanted = (t.get(name) for t in types)
-        if there != wanted:
-            raise ValueError(f"{path}: {name} is {there or 'missing'}, not {wanted or 'known'}")
+    wanted = {n: (_short_name(x.dtype), x.shape) for n, x in expected.items()}
+    for name in sorted(there.keys() | wanted.keys()):
+        if (found := there.get(name)) != (asked := wanted.get(name)):
+            raise ValueError(f"{path}: {name} is {found or 'missing'}, not {asked or 'known'}")
     return traverse_util.unflatten_dict(arrays, sep="/")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -329,8 +330,8 @@ def run(config: PronounceConfig) -> None:
     vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
     identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
     identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
-    check_newest(folder, config.steps, identity)
-    with folder.claim(as_json, MAY_DIFFER):
+    check = partial(check_newest, folder, config.steps, identity)
+    with folder.claim(as_json, MAY_DIFFER, check):
         done = folder.read("results.json")
         if done and done.get("steps") == config.steps:
             print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")

@@ -1,6 +1,7 @@
 """C2 and C3 of docs/reliability.md: the real command, killed and asked to stop."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -116,7 +117,33 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line_and_loses_nothing(tmp_path
         assert last == f"error: {run}/{where}: No space left on device"
         assert sound_step(run) == 20
         ballast.unlink()
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True)
+    error = start(run, 60, flags).communicate(timeout=120)[1].decode()
+    assert error == f"error: {run}: Read-only file system\n"
+    subprocess.run([*remount[:2], "remount,rw", str(small_disk)], check=True)
     assert set(finish(run, 60, flags)["resumed_from"]) == {20}
+
+
+def test_a_run_goes_on_when_nobody_listens_any_more(tmp_path):
+    run, flags = tmp_path / "run", write_words(tmp_path)
+    process = start(run, 200, flags)
+    process.stderr.readline()
+    process.stderr.close()  # what it says from now on breaks the pipe
+    assert process.wait(timeout=240) == 0
+    assert json.loads((run / "results.json").read_text())["steps"] == 200
+
+
+def test_a_run_whose_output_is_cut_off_still_writes_its_results(tmp_path):
+    run, flags = tmp_path / "run", write_words(tmp_path)
+    reading, writing = os.pipe()
+    process = start(run, 20, flags, stdout=writing)
+    os.close(writing)
+    os.read(reading, 1)
+    os.close(reading)  # as `| head -1` does
+    error = process.communicate(timeout=240)[1].decode()
+    assert process.returncode == 0 and "Traceback" not in error
+    assert json.loads((run / "results.json").read_text())["steps"] == 20
 
 
 def test_a_second_run_in_one_folder_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import types
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 from experiments import display, guard, stopping
+from experiments.keeper import check_newest
 from experiments.loop import DivergedError, Schedule, train
 from experiments.packing import packed_batches
-from experiments.run_folder import RunFolder, RunFolderError
+from experiments.run_folder import RunFolder, RunFolderError, write_json
 from experiments.stopping import StopSignal
 from tfm.checkpoint import CheckpointError, Checkpoints
 from tfm.training import TrainState, skip_nonfinite
@@ -356,6 +358,21 @@ def test_skipped_steps_do_not_move_a_resumed_run(tmp_path):
     assert resumed.facts["batches"] == whole.facts["batches"] == STEPS + 2
 
 
+def test_steps_in_a_row_are_counted_across_a_stop(tmp_path):
+    step = Broken([4, 5, 6], loss=np.nan)
+
+    def stopping_step(state, batch):
+        result = step(state, batch)
+        if step.calls == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with pytest.raises(SystemExit):
+        run(tmp_path, stopping_step, most_skipped=5)
+    with pytest.raises(DivergedError, match="5 steps in a row made no update, at last step 4, b"):
+        run(tmp_path, Broken([1, 2], loss=np.nan), most_skipped=5)
+
+
 # ---- the same folder again
 
 
@@ -421,6 +438,23 @@ def test_a_first_save_cut_short_begins_anew_and_says_so(tmp_path, whole, capsys)
     assert outcome.facts["resumed_from"] == []
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path):
+    run(tmp_path, steps=7)
+    folder, identity = RunFolder(tmp_path), {"data": "d"}
+    shutil.rmtree(tmp_path / "checkpoints")
+    check_newest(folder, 12, identity)  # it was never gone on from, nor finished
+    run(tmp_path, steps=7)
+    run(tmp_path, steps=9)
+    check_newest(folder, 12, identity)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(RunFolderError, match="checkpoints are gone, though the run was at step 7"):
+        check_newest(folder, 12, identity)
+    write_json(tmp_path / "results.json", {"steps": 9})
+    with pytest.raises(RunFolderError, match="checkpoints are gone, though the run was at step 9"):
+        check_newest(folder, 12, identity)
+    check_newest(folder, 9, identity)  # finished: nothing is to be done
+
+
 def test_the_best_by_validation_is_kept_apart(tmp_path):
     losses = iter([3.0, 1.0, 2.0, 0.5, 1.0])
 
@@ -460,20 +494,24 @@ def test_a_best_that_is_a_link_is_refused_and_what_it_leads_to_is_kept(tmp_path)
     assert before and files(tmp_path / "elsewhere") == before
 
 
-def test_a_best_beyond_the_step_that_is_resumed_does_not_stand_in_the_way(tmp_path):
+def test_a_best_beyond_the_step_that_is_resumed_does_not_stand_in_the_way(tmp_path, capsys):
     falling, rising = ({"valid_loss": x} for x in (3.0, 1.0)), ({"valid_loss": x} for x in (2.0,))
     run(tmp_path, steps=6, evaluate=lambda params: next(falling), evaluate_every=3, save_every=4)
     flip(tmp_path / "checkpoints" / "6" / "manifest.json")
+    capsys.readouterr()
     # Step 6 had the best; the run goes on from 4, and evaluates at other steps.
     run(tmp_path, steps=5, evaluate=lambda params: next(rising), evaluate_every=5, save_every=4)
     with Checkpoints(tmp_path / "best", read_only=True) as checkpoints:
         step, _ = checkpoints.newest()
         assert (step, checkpoints.notes(step)["valid_loss"]) == (5, 2.0)
+    best = tmp_path / "best"
+    assert f"{best / '6'}: beyond step 4, set aside and sought anew" in capsys.readouterr().err
+    assert (best / "6.undone").is_dir()
 
 
-@pytest.mark.parametrize("cut", [3, 7, 13, 14, 20])
+@pytest.mark.parametrize("cut", range(10))
 def test_every_position_of_the_batches_goes_on_bit_for_bit(cut):
-    """C9: 13 rows make an epoch of 4 batches of 4 rows, so the cuts lie in epochs 1 to 6."""
+    """C9: 13 rows make an epoch of 4 batches of 4 rows; every position of two epochs and more."""
 
     def fresh():
         return packed_batches(EXAMPLES, rows=4, source_length=5, target_length=7, seed=0)

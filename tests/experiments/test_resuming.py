@@ -9,6 +9,7 @@ from killing import TINY, call, write_words
 
 from experiments import loop
 from experiments.tasks import pronounce
+from tfm.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 STEPS = 60
@@ -85,3 +86,21 @@ def test_a_signal_while_the_parameters_are_made_saves_the_first_step(
     monkeypatch.setattr(pronounce, "init_state", stop_and_init)
     assert call("--run", tmp_path, *flags) == 143
     assert "stopped and saved at step 1;" in capsys.readouterr().err
+
+
+def test_a_signal_during_an_evaluation_saves_its_step(tmp_path, flags, monkeypatch, capsys):
+    make_evaluate = pronounce.make_evaluate
+
+    def make_stopping(*arguments):
+        def evaluate(params):
+            os.kill(os.getpid(), signal.SIGINT)
+            return make_evaluate(*arguments)(params)
+
+        return evaluate
+
+    monkeypatch.setattr(pronounce, "make_evaluate", make_stopping)
+    assert call("--run", tmp_path, *flags, "--evaluate-every", "5") == 130
+    assert "SIGINT: finishing the step and saving" in capsys.readouterr().err
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        # It came after step 5 was looked at, so one step more was under way.
+        assert checkpoints.newest()[0] in (5, 6)

@@ -123,6 +123,32 @@ def test_a_file_that_is_not_json_is_named(folder):
         claim(folder, CONFIG, set())
 
 
+@pytest.mark.parametrize("line", ["{}", '{"step": "3"}', '{"skipped": true}', "[1]", "[" * 100_000])
+def test_a_line_of_metrics_of_another_form_is_named(folder, line):
+    claim(folder, CONFIG, set())
+    (folder.path / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl, line 2: "):
+        MetricsLog(folder, 5)
+
+
+@pytest.mark.parametrize("content", ['{"steps": 3}', '{"steps": ["a"]}', "{}", "[" * 100_000])
+def test_sittings_of_another_form_are_named(folder, content):
+    claim(folder, CONFIG, set())
+    (folder.path / "resumed_from.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"resumed_from\.json: "):
+        folder.note_sitting(5)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "metrics.jsonl", "resumed_from.json"])
+def test_links_are_not_followed(folder, tmp_path, name):
+    claim(folder, CONFIG, set())
+    (tmp_path / "elsewhere").mkdir()
+    (folder.path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunFolderError, match=rf"{name}: a link, which is not followed"):
+        folder.note_sitting(5) if name == "resumed_from.json" else MetricsLog(folder, 1)
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_metrics_are_read_back_without_a_line_cut_short(folder):
     claim(folder, CONFIG, set())
     assert folder.metrics() == []

@@ -1,5 +1,6 @@
 """Checkpoints: what is restored is what was saved, or it is said why not."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import optax
 import pytest
 
 import tfm
-from tfm import TrainState
+from tfm import TrainState, manifest
 from tfm.checkpoint import CheckpointError, Checkpoints, state_sha256
 
 OPTIMIZER = optax.adam(1e-3)
@@ -157,15 +158,15 @@ def test_a_step_before_the_newest_is_refused(tmp_path):
     assert found(tmp_path) == (5, [])
 
 
-def test_discarded_steps_are_gone(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        for step in (1, 2):
-            checkpoints.save(step, some_state(step), {})
-        checkpoints.wait()
-        checkpoints.discard(after=1)
-        assert (checkpoints.last_saved, checkpoints.steps) == (1, [1])
-        checkpoints.save(2, some_state(7), {})
+def test_steps_set_aside_are_kept_under_another_name(tmp_path):
+    save(tmp_path, 1, 2, 3, keep=3)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.newest()
+        checkpoints.set_aside(1, "undone")
+        assert (checkpoints.steps, checkpoints.last_saved, steps(tmp_path)) == ([1], None, [1])
+        checkpoints.save(2, some_state(7), NOTES)
     assert_same(restored(tmp_path, 2), some_state(7))
+    assert {p.name for p in tmp_path.glob("*.undone")} == {"2.undone", "3.undone"}
 
 
 def test_an_unreadable_journal_costs_no_step(tmp_path):
@@ -241,6 +242,63 @@ def test_a_damaged_journal_is_named_and_the_manifests_serve(tmp_path):
     flip(tmp_path / "journal.json", 3)
     step, (line,) = found(tmp_path)
     assert step == 2 and f"{tmp_path / 'journal.json'}: damaged" in line
+
+
+def test_of_several_damaged_steps_all_are_set_aside(tmp_path):
+    save(tmp_path, 1, 2, 3, keep=3)
+    for step in ("2", "3"):
+        flip(tmp_path / step / "manifest.json", 20)
+    step, lines = found(tmp_path, keep=3)
+    assert step == 1 and len(lines) == 2
+    assert {p.name for p in tmp_path.glob("*.damaged")} == {"2.damaged", "3.damaged"}
+
+
+def test_what_cannot_be_read_just_now_is_not_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1, 2)
+    before = contents(tmp_path)
+
+    def refuse(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "sha256", refuse)
+        with pytest.raises(CheckpointError, match=r"2: Input/output error"):
+            found(tmp_path)
+    assert contents(tmp_path) == before and found(tmp_path) == (2, [])
+
+
+def test_a_step_that_a_trainer_lets_go_while_it_is_looked_at_is_not_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    verify, looks = manifest.verify_manifest, []
+
+    def look(path, expected):
+        looks.append(path.name)
+        if len(looks) == 1:
+            save(tmp_path, 2, keep=1)
+        return verify(path, expected)
+
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        monkeypatch.setattr(manifest, "verify_manifest", look)
+        assert checkpoints.newest() == (2, [])
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"saved": 3}', '{"saved": {"a": 1}}', "[]"])
+def test_a_journal_of_another_form_is_named_and_the_manifests_serve(tmp_path, content):
+    save(tmp_path, 1)
+    (tmp_path / "journal.json").write_text(content)
+    step, (line,) = found(tmp_path)
+    assert step == 1 and f"{tmp_path / 'journal.json'}: damaged" in line
+
+
+def test_a_linked_leftover_goes_and_what_it_leads_to_stays(tmp_path):
+    save(tmp_path / "run", 1)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("kept")
+    link = tmp_path / "run" / "2.orbax-checkpoint-tmp"
+    link.symlink_to(tmp_path / "elsewhere")
+    save(tmp_path / "run", 2)
+    assert not link.is_symlink() and (tmp_path / "elsewhere" / "file").read_text() == "kept"
+    assert found(tmp_path / "run") == (2, [])
 
 
 def test_all_damaged_is_refused_and_nothing_is_touched(tmp_path):

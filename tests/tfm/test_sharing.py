@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import tfm
 from tfm.sharing import export_params, import_params
@@ -46,13 +47,19 @@ def test_other_arrays_are_refused_by_name(file, params):
         "w: not known": params | {name: {}},
         "missing": params | {"extra": jnp.zeros(1)},
     }
-    with pytest.raises(ValueError, match=rf"{file}: {name}.* is \('float32', .*, not known"):
+    with pytest.raises(ValueError, match=rf"{file}: {name}.* is \('F32', .*, not known"):
         import_params(file, others["w: not known"])
-    with pytest.raises(ValueError, match=r"extra is missing, not \('float32', \(1,\)\)"):
+    with pytest.raises(ValueError, match=r"extra is missing, not \('F32', \(1,\)\)"):
         import_params(file, others["missing"])
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    with pytest.raises(ValueError, match="float32.*not.*bfloat16"):
+    with pytest.raises(ValueError, match="F32.*not.*BF16"):
         import_params(file, half)
+
+
+def test_a_double_is_not_cut_to_a_float_in_silence(tmp_path):
+    save_file({"w": np.ones(3)}, tmp_path / "p")
+    with pytest.raises(ValueError, match=r"w is \('F64', \(3,\)\), not \('F32', \(3,\)\)"):
+        import_params(tmp_path / "p", {"w": jnp.zeros(3)})
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x80\x04\x95", b"{}"])
