@@ -14,6 +14,7 @@ from experiments.streams import Talk
 EXPERIMENTS = {
     "pronounce": "Train a Transformer to pronounce words, and report on it (the default).",
     "claims": "Measure eleven claims about the Transformer; a ledger with verdicts and figures.",
+    "bench": "Time this library beside the peers that are installed; ratios and a picture.",
     "predict": "Pronounce the words on standard input with a trained model, a line each.",
 }
 
@@ -62,6 +63,15 @@ def claims(arguments: list[str]) -> None:
 
     jax.config.update("jax_num_cpu_devices", os.cpu_count())  # trainings side by side
     run(tyro.cli(ClaimsConfig, args=arguments, prog="python -m experiments.run claims"))
+
+
+def bench(arguments: list[str]) -> None:
+    """Parses the flags, and times ours beside the peers."""
+    import tyro
+
+    from experiments.bench.referee import BenchConfig, run
+
+    run(tyro.cli(BenchConfig, args=arguments, prog="python -m experiments.run bench"))
 
 
 def use_huge_pages() -> None:

@@ -35,13 +35,14 @@ def test_parameter_counts_are_those_of_the_presets():
 def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     import dataclasses
 
+    from experiments.bench.referee import BenchConfig
     from experiments.claims.ledger import ClaimsConfig
     from experiments.predict import PredictConfig
     from experiments.tasks.pronounce import PronounceConfig
 
     lines = re.findall(r"python -m experiments\.run(.*)", README)
     assert len(lines) > 4
-    configs = {"predict": PredictConfig, "claims": ClaimsConfig}
+    configs = {"predict": PredictConfig, "claims": ClaimsConfig, "bench": BenchConfig}
     for line in lines:
         config = configs.get(line.split()[0] if line.split() else "", PronounceConfig)
         fields = {field.name.replace("_", "-") for field in dataclasses.fields(config)}

@@ -1,0 +1,26 @@
+"""The data of the workloads: seeded, and the same for every contender."""
+
+import numpy as np
+
+from experiments.bench.workloads import Attention, Decoding, Training
+
+BOS, EOS = 1, 2
+
+
+def tokens(work: Training | Decoding) -> tuple[np.ndarray, np.ndarray]:
+    """Source and target ids [rows, length], none of them padding (0), start or end symbol."""
+    rng, c = np.random.default_rng(0), work.config
+    lengths = (work.length,) * 2 if isinstance(work, Training) else (work.source, work.target)
+    sizes = (c.source_vocab_size or c.vocab_size, c.vocab_size)
+    source, target = (
+        rng.integers(3, size, (work.rows, n)) for size, n in zip(sizes, lengths, strict=True)
+    )
+    return source, target
+
+
+def attention_inputs(work: Attention, layout: str) -> list[np.ndarray]:
+    """Query, key and value, [rows, heads, length, features] (BHLD) or heads third (BLHD)."""
+    rng = np.random.default_rng(0)
+    shape = (work.rows, work.heads, work.length, work.features)
+    made = [rng.standard_normal(shape, np.float32) for _ in range(3)]
+    return made if layout == "BHLD" else [np.ascontiguousarray(x.swapaxes(1, 2)) for x in made]

@@ -1,0 +1,76 @@
+"""One contender at one workload in a process of its own: `… ID NAME WEIGHTS [--check FILE]`.
+
+Prints one line of JSON: seconds of the first run (compilation in it), seconds of each later one,
+peak memory of the process, and for this library's training the machine's measured peak.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.bench.contenders import OURS, Contender, build
+from experiments.bench.workloads import WORKLOADS, Training, Workload
+
+WARM_UP, LEAST_RUNS, LEAST_SECONDS = 2, 3, 3.0
+
+
+def _seconds(run: Any) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def peak_flops(dtype: str) -> float:
+    """The best FLOP/s of a large matrix product summed in f32, of operands of `dtype`."""
+    import jax
+    import jax.numpy as jnp
+
+    n = 2048
+    a, b = (jax.random.normal(jax.random.key(i), (n, n)).astype(dtype) for i in range(2))
+    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+    times = [_seconds(lambda: product(a, b).block_until_ready()) for _ in range(12)]
+    return 2 * n**3 / min(times)
+
+
+def measure(name: str, work: Workload, contender: Contender) -> dict[str, Any]:
+    """Warms up, then times runs until there are enough."""
+    result: dict[str, Any] = {"first_seconds": _seconds(contender.run)}
+    for _ in range(WARM_UP - 1):
+        contender.run()
+    times: list[float] = []
+    while len(times) < LEAST_RUNS or sum(times) < LEAST_SECONDS:
+        times.append(_seconds(contender.run))
+    result |= {"seconds": statistics.median(times), "all_seconds": times}
+    result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if name == OURS and isinstance(work, Training):
+        result["peak_flops"] = peak_flops(work.config.compute_dtype)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("id", choices=WORKLOADS)
+    parser.add_argument("name")
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--check", type=Path, help="write what must agree here; time nothing")
+    arguments = parser.parse_args()
+    work = WORKLOADS[arguments.id]
+    if arguments.check and arguments.name == OURS:
+        from experiments.bench.ours import make_weights
+
+        make_weights(work, arguments.weights)
+    contender = build(arguments.name, work, arguments.weights)
+    if arguments.check:
+        np.save(arguments.check, contender.check())
+    else:
+        print(json.dumps(measure(arguments.name, work, contender)))
+
+
+if __name__ == "__main__":
+    main()

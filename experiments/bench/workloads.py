@@ -1,0 +1,135 @@
+"""What is timed, by id: the same work for every contender, and the ratio that is the goal."""
+
+import dataclasses
+
+from tfm.config import TransformerConfig
+
+Goals = dict[str, float]
+"""peer -> the ratio to reach: its seconds over ours"""
+
+_BASE = TransformerConfig(vocab_size=8_000)
+_SMALL = TransformerConfig(
+    vocab_size=42, source_vocab_size=30, d_model=128, d_ff=512, num_heads=4,
+    num_encoder_layers=3, num_decoder_layers=3,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One optimizer step: forward, label-smoothed loss, backward, clipping, Adam."""
+
+    id: str
+    config: TransformerConfig
+    rows: int
+    length: int
+    """Tokens in each row of the source, and of the target; no padding."""
+    peers: Goals
+
+    @property
+    def dtype(self) -> str:
+        return self.config.compute_dtype
+
+    @property
+    def what(self) -> str:
+        c = self.config
+        return (
+            f"training step, d {c.d_model}, {c.num_encoder_layers}+{c.num_decoder_layers} layers, "
+            f"vocabulary {c.vocab_size:,}, {self.rows}×{self.length}, {c.compute_dtype}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """softmax(QKᵀ/√d_k)V of 32 rows and 8 heads of 64 features, in f32."""
+
+    id: str
+    length: int
+    backward: bool
+    peers: Goals
+    rows: int = 32
+    heads: int = 8
+    features: int = 64
+    dtype: str = "float32"
+
+    @property
+    def what(self) -> str:
+        passes = "forward and backward" if self.backward else "forward"
+        return f"attention, {passes}, {self.rows}×{self.length}×{self.heads}×{self.features}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Sources of random tokens decoded to `target` tokens each, none ending before."""
+
+    id: str
+    config: TransformerConfig
+    rows: int
+    beam: int
+    peers: Goals
+    source: int = 32
+    target: int = 64
+
+    @property
+    def dtype(self) -> str:
+        return self.config.compute_dtype
+
+    @property
+    def what(self) -> str:
+        c, search = self.config, "greedy" if self.beam == 1 else f"beam {self.beam}"
+        return (
+            f"{search} decoding, d {c.d_model}, {c.num_encoder_layers}+{c.num_decoder_layers} "
+            f"layers, vocabulary {c.vocab_size:,}, {self.rows} sources of {self.source} tokens to "
+            f"{self.target}, {c.compute_dtype}"
+        )
+
+
+Workload = Training | Attention | Decoding
+
+
+def _torch(goal: float) -> Goals:
+    return {"torch eager": goal, "torch compile": goal}
+
+
+_ATTENTION = dict.fromkeys(("torch SDPA", "flax linen", "flax nnx", "jax.nn"), 1.2)
+_BASE_16, _SMALL_16 = (
+    dataclasses.replace(config, compute_dtype="bfloat16") for config in (_BASE, _SMALL)
+)
+
+WORKLOADS: dict[str, Workload] = {
+    work.id: work
+    for work in (
+        Training("T1", _BASE, 32, 48, _torch(2.2)),
+        Training("T2", _BASE_16, 32, 48, _torch(1.3)),
+        Training("T4-f32", _SMALL, 85, 24, _torch(2.5)),
+        Training("T4-bf16", _SMALL_16, 85, 24, _torch(1.5)),
+        *(
+            Attention(f"A1-{length}-{name}", length, backward, _ATTENTION)
+            for length in (64, 256, 1024)
+            for name, backward in (("forward", False), ("both", True))
+        ),
+        Decoding("D1-b1", _BASE, 1, 1, {"ctranslate2": 1.1, "transformers": 5}),
+        Decoding("D1-b32", _BASE, 32, 1, {"ctranslate2": 2.0, "transformers": 5}),
+        Decoding("D2", _BASE, 32, 4, {"ctranslate2": 2.0, "transformers": 5}),
+    )
+}
+
+
+def forward_flops(config: TransformerConfig, source: int, target: int) -> int:
+    """Floating-point operations of the matrix products of one forward pass over one row.
+
+    2·I·O a token for a product by an [I, O] matrix; 4·L·K·D for QKᵀ and the weighted sum of V.
+    """
+    d, f = config.d_model, config.d_ff
+    encoder = source * 2 * (4 * d * d + 2 * d * f) + 4 * source * source * d
+    decoder = (
+        target * 2 * (6 * d * d + 2 * d * f)  # Q and O of the cross-attention among them
+        + source * 2 * (2 * d * d)  # its K and V
+        + 4 * (target + source) * target * d
+    )
+    logits = target * 2 * d * config.vocab_size
+    return config.num_encoder_layers * encoder + config.num_decoder_layers * decoder + logits
+
+
+def training_flops(work: Training) -> int:
+    """Those of one step: the backward pass has two products for each of the forward pass."""
+    return 3 * work.rows * forward_flops(work.config, work.length, work.length)
