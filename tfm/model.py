@@ -106,7 +106,8 @@ class Transformer(nn.Module):
         assert_fits(f"head_masks[{kind!r}]", head_masks[kind], (layers, self.config.num_heads))
         return head_masks[kind]
 
-    def _logits(self, y: Array) -> Array:
+    def logits(self, y: Array) -> Array:
+        """The decoder's output [..., D] -> logits [..., V]."""
         c = self.config
         bias = self.bias if c.output_bias else None
         return output_logits(y, self.target_table.T, bias, compute_dtype=c.compute_dtype)
@@ -145,8 +146,8 @@ class Transformer(nn.Module):
         dropout_key: Array | None = None,
         head_masks: HeadMasks | None = None,
     ) -> tuple[Array, Array, Array]:
-        """Decoder inputs [..., T] -> logits [..., T, V], and the attention weights
-        [N, ..., H, T, T] and [N, ..., H, T, S]."""
+        """Decoder inputs [..., T] -> the last layer's output [..., T, D], and the attention
+        weights [N, ..., H, T, T] and [N, ..., H, T, S]."""
         assert_fits("target", target, (..., None))
         assert_fits("target_segment_ids", target_segment_ids, target.shape, target=target)
         mask = segment_mask(target_segment_ids, target_segment_ids) & causal_mask(target.shape[-1])
@@ -162,7 +163,7 @@ class Transformer(nn.Module):
             weights.append(w)
             cross_weights.append(cw)
         x = self.decoder_norm(x) if self.config.norm_placement == "pre" else x
-        return self._logits(x), jnp.stack(weights), jnp.stack(cross_weights)
+        return x, jnp.stack(weights), jnp.stack(cross_weights)
 
     def __call__(
         self,
@@ -176,6 +177,7 @@ class Transformer(nn.Module):
         dropout_key: Array | None = None,
         head_masks: HeadMasks | None = None,
         return_weights: bool = False,
+        return_features: bool = False,
     ) -> Array | tuple[Array, dict[str, Array]]:
         """Logits of the next target token at each position.
 
@@ -187,6 +189,8 @@ class Transformer(nn.Module):
           dropout_key: a PRNG key; None means no dropout.
           head_masks: see `HeadMasks`.
           return_weights: also return the attention weights.
+          return_features: return the decoder's output [..., T, D], of which `logits` makes logits,
+            in the place of the logits.
 
         Returns:
           logits [..., T, V]; with `return_weights` also {'encoder': [N, ..., H, S, S],
@@ -206,13 +210,14 @@ class Transformer(nn.Module):
             source, source_segment_ids, source_positions,
             dropout_key=site_key(dropout_key, 0), head_masks=head_masks,
         )  # fmt: skip
-        logits, weights, cross_weights = self.decode(
+        y, weights, cross_weights = self.decode(
             encoded, target, source_segment_ids, target_segment_ids, target_positions,
             dropout_key=site_key(dropout_key, 1), head_masks=head_masks,
         )  # fmt: skip
+        output = y if return_features else self.logits(y)
         if not return_weights:
-            return logits
-        return logits, {"encoder": encoder_weights, "decoder": weights, "cross": cross_weights}
+            return output
+        return output, {"encoder": encoder_weights, "decoder": weights, "cross": cross_weights}
 
     def start(
         self, source: Array, num_hypotheses: int, max_length: int
@@ -248,7 +253,7 @@ class Transformer(nn.Module):
         x = self.decoder_norm(x) if self.config.norm_placement == "pre" else x
         # Beyond the cache there is no room: NaN, since its last position has been overwritten.
         fits = index < cache[0].key.shape[-2]
-        return jnp.where(fits, self._logits(x), jnp.nan), tuple(new)
+        return jnp.where(fits, self.logits(x), jnp.nan), tuple(new)
 
 
 def shift_right(labels: Array, bos: int, positions: Array | None = None) -> Array:

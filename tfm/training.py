@@ -82,23 +82,56 @@ def summed_loss(
     bos: int,
     smoothing: float,
     dropout_key: Array | None = None,
+    tokens_at_once: int | None = None,
 ) -> tuple[Array, Array]:
     """The loss summed over the target tokens of a packed batch, and their number.
 
     Sums, not means, so that micro-batches of unequal token counts add up to the large batch.
+
+    Args:
+      tokens_at_once: of how many tokens the logits are held at a time, [tokens_at_once, V] in the
+        place of [R·L, V]; the backward pass then computes them anew. None: of all.
+
+    Raises:
+      ValueError: tokens_at_once below 1.
     """
+    if tokens_at_once is not None and tokens_at_once < 1:
+        raise ValueError(f"tokens_at_once={tokens_at_once} must be at least 1")
     target_input = shift_right(batch["target"], bos, batch["target_positions"])
     context = {
         name: batch[name]
         for side in ("source", "target")
         for name in (f"{side}_segment_ids", f"{side}_positions")
     }
-    logits = model.apply(
-        {"params": params}, batch["source"], target_input, dropout_key=dropout_key, **context
-    )
+    variables = {"params": params}
+    y = model.apply(
+        variables, batch["source"], target_input, dropout_key=dropout_key, return_features=True,
+        **context,
+    )  # fmt: skip
+
+    def losses_of(y: Array, labels: Array) -> Array:
+        logits = model.apply(variables, y, method="logits")
+        return label_smoothed_cross_entropy(logits, labels, smoothing)
+
     real = batch["target_segment_ids"] != 0
-    losses = label_smoothed_cross_entropy(logits, batch["target"], smoothing)
+    if tokens_at_once is None:
+        losses = losses_of(y, batch["target"])
+    else:
+        losses = _in_chunks(losses_of, tokens_at_once, y, batch["target"])
     return jnp.where(real, losses, 0).sum(), real.sum()
+
+
+def _in_chunks(function: Callable[..., Array], size: int, y: Array, labels: Array) -> Array:
+    """function(y [..., D], labels [...]) -> [...], a chunk of `size` tokens after another."""
+    flat = y.reshape(-1, y.shape[-1]), labels.reshape(-1)
+    missing = -labels.size % size
+    chunks = [
+        jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
+        for x in flat
+    ]
+    # Without the checkpoint the scan would keep each chunk's logits for the backward pass.
+    values = jax.lax.map(lambda chunk: jax.checkpoint(function)(*chunk), tuple(chunks))
+    return values.reshape(-1)[: labels.size].reshape(labels.shape)
 
 
 def make_train_step(
@@ -108,12 +141,14 @@ def make_train_step(
     bos: int,
     smoothing: float = 0.1,
     accumulation: int = 1,
+    tokens_at_once: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure function (state, batch) -> (state, metrics); jit it with `donate_argnums=0`.
 
     The batch's rows are cut into `accumulation` micro-batches, one after another in memory's sake.
     Their gradients are summed over tokens, divided by the batch's tokens and clipped once: the
     update equals that of the whole batch (without dropout, which draws anew for each micro-batch).
+    `tokens_at_once` bounds the memory of the logits (`summed_loss`).
 
     Metrics: `loss` in nats a token with smoothing, `tokens` (target), `gradient_norm` before
     clipping, `largest_gradient`: the greatest |element|, which tells a norm that overflows from a
@@ -124,17 +159,20 @@ def make_train_step(
         divide the batch's rows.
     """
     assert_ids("bos", bos, model.config.vocab_size)
-    gradient = jax.value_and_grad(summed_loss, argnums=1, has_aux=True)
+
+    def gradient(params: chex.ArrayTree, batch: Batch, key: Array):
+        of = jax.value_and_grad(summed_loss, argnums=1, has_aux=True)
+        return of(model, params, batch, bos, smoothing, key, tokens_at_once)
 
     def sum_gradients(params: chex.ArrayTree, batch: Batch, key: Array):
         def of(i: Array, micro: Batch):
-            return gradient(model, params, micro, bos, smoothing, jax.random.fold_in(key, i))
+            return gradient(params, micro, jax.random.fold_in(key, i))
 
         def add(total, indexed):
             return jax.tree.map(jnp.add, total, of(*indexed)), None
 
         if accumulation == 1:
-            return gradient(model, params, batch, bos, smoothing, key)
+            return gradient(params, batch, key)
         rows = batch["source"].shape[0]
         if rows % accumulation:
             raise ValueError(f"accumulation={accumulation} does not divide the batch's {rows} rows")

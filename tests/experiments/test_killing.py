@@ -76,8 +76,20 @@ def test_a_signal_while_it_saves_keeps_the_step(tmp_path):
     assert f"stopped and saved at step {last};" in error and sound_step(run) == last
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(tmp_path):
-    """C5: a limit on the size of files in the place of a full disk; then there is room again."""
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 4 MB in memory, where one may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_limit_on_files_ends_the_run_in_one_line_and_loses_nothing(tmp_path):
+    """C5: a limit on the size of files in the place of a full disk."""
     run, flags = tmp_path / "run", write_words(tmp_path)
     finish(run, 20, flags)
     limit = (8000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
@@ -89,19 +101,6 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(tmp_path):
     last = error.splitlines()[-1]
     assert last.startswith(f"error: {run}/") and last.endswith(": File too large")
     assert sound_step(run) == 20
-    assert finish(run, 60, flags)["resumed_from"] == [20, 20]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 4 MB in memory, where one may be mounted."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no file system may be mounted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_that_is_full_ends_the_run_in_one_line_and_loses_nothing(tmp_path, small_disk):
@@ -125,25 +124,17 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line_and_loses_nothing(tmp_path
     assert set(finish(run, 60, flags)["resumed_from"]) == {20}
 
 
-def test_a_run_goes_on_when_nobody_listens_any_more(tmp_path):
-    run, flags = tmp_path / "run", write_words(tmp_path)
-    process = start(run, 200, flags)
-    process.stderr.readline()
-    process.stderr.close()  # what it says from now on breaks the pipe
-    assert process.wait(timeout=240) == 0
-    assert json.loads((run / "results.json").read_text())["steps"] == 200
-
-
-def test_a_run_whose_output_is_cut_off_still_writes_its_results(tmp_path):
+def test_a_run_goes_on_and_writes_its_results_when_nobody_listens_any_more(tmp_path):
     run, flags = tmp_path / "run", write_words(tmp_path)
     reading, writing = os.pipe()
-    process = start(run, 20, flags, stdout=writing)
+    process = start(run, 100, flags, stdout=writing)
     os.close(writing)
     os.read(reading, 1)
     os.close(reading)  # as `| head -1` does
-    error = process.communicate(timeout=240)[1].decode()
-    assert process.returncode == 0 and "Traceback" not in error
-    assert json.loads((run / "results.json").read_text())["steps"] == 20
+    process.stderr.readline()
+    process.stderr.close()  # what it says from now on breaks the pipe
+    assert process.wait(timeout=240) == 0
+    assert json.loads((run / "results.json").read_text())["steps"] == 100
 
 
 def test_a_second_run_in_one_folder_is_refused(tmp_path):

@@ -166,6 +166,41 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_real_tokens():
     assert loss_and_logits(other)[0][0] == loss
 
 
+@pytest.mark.parametrize("at_once", [7, 1000])
+def test_the_loss_in_chunks_of_tokens_is_the_loss(at_once):
+    def of(tokens_at_once):
+        def loss(params):
+            key = jax.random.PRNGKey(1)
+            return summed_loss(MODEL, params, copy_batch(1), BOS, 0.1, key, tokens_at_once)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(initial_state().params)
+
+    (whole, tokens), gradients = of(None)
+    (chunked, same_tokens), same_gradients = of(at_once)
+    assert tokens == same_tokens
+    assert_close(chunked, whole, 1e-6)
+    jax.tree.map(lambda a, b: assert_close(a, b, 2e-5), same_gradients, gradients)
+
+
+def test_the_loss_in_chunks_never_holds_all_logits():
+    vocabulary, batch = 5_000, copy_batch(0, rows=64)
+    model = Transformer(replace(CONFIG, vocab_size=vocabulary))
+    params = jax.eval_shape(lambda: init_state(model, OPTIMIZER, jax.random.PRNGKey(0))).params
+
+    def bytes_of(tokens_at_once):
+        loss = functools.partial(summed_loss, tokens_at_once=tokens_at_once)
+        gradient = jax.jit(jax.grad(lambda p: loss(model, p, batch, BOS, 0.1)[0]))
+        return gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * batch["target"].size * vocabulary
+    assert bytes_of(None) > logits > 2 * bytes_of(16)
+
+
+def test_tokens_at_once_below_1_are_refused():
+    with pytest.raises(ValueError, match="tokens_at_once=0 must be at least 1"):
+        summed_loss(MODEL, initial_state().params, copy_batch(0), BOS, 0.1, tokens_at_once=0)
+
+
 def test_a_step_compiles_once_whatever_its_batch_holds():
     train(fresh_state(), [copy_batch(seed) for seed in range(4)])
     assert TRACED.traces == 1
