@@ -15,7 +15,7 @@ def bars(records: list[dict[str, Any]]) -> str:
         axes.barh(place, r["ratio"], height=0.62, color=colour)
         axes.plot([r["low"], r["high"]], [place, place], color=INK, lw=1.2)
         axes.plot([r["goal"]] * 2, [place - 0.38, place + 0.38], color=MUTED, lw=1.6)
-        axes.annotate(f"{r['ratio']:.2f}", (max(r["ratio"], r["high"], r["goal"]), place), (6, 0),
+        axes.annotate(f"{r['ratio']:.2f}", (max(r["ratio"], r["high"]), place), (6, 0),
                       textcoords="offset points", va="center", fontsize=9, color=INK)  # fmt: skip
     names = [f"{r['id']}   {r['peer'].split(' (')[0]}" for r in reversed(records)]
     axes.set_yticks(range(len(records)), names)
@@ -23,4 +23,6 @@ def bars(records: list[dict[str, Any]]) -> str:
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.1, y=0.02)
     label(axes, "peer's seconds / tfm's (dashed: equal; thick mark: the goal; line: range)", "")
-    return inline(figure, "bench", "Ratios of the peers' seconds to this library's.")
+    drawn = inline(figure, "bench", "Ratios of the peers' seconds to this library's.")
+    alone = '<svg xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" '
+    return drawn.replace("<svg ", alone, 1)
