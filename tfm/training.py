@@ -134,6 +134,28 @@ def _in_chunks(function: Callable[..., Array], size: int, y: Array, labels: Arra
     return values.reshape(-1)[: labels.size].reshape(labels.shape)
 
 
+def _sum_gradients(
+    gradient: Callable[..., Any], params: chex.ArrayTree, batch: Batch, key: Array, parts: int
+) -> Any:
+    """gradient(params, batch, key), or the sum of those of the batch's rows in `parts`."""
+    if parts == 1:
+        return gradient(params, batch, key)
+    rows = batch["source"].shape[0]
+    if rows % parts:
+        raise ValueError(f"accumulation={parts} does not divide the batch's {rows} rows")
+    micro_batches = jax.tree.map(lambda x: x.reshape(parts, rows // parts, *x.shape[1:]), batch)
+
+    def of(i: Array, micro: Batch) -> Any:
+        return gradient(params, micro, jax.random.fold_in(key, i))
+
+    def add(total: Any, indexed: tuple[Array, Batch]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of(*indexed)), None
+
+    shapes = jax.eval_shape(of, 0, jax.tree.map(lambda x: x[0], micro_batches))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (jnp.arange(parts), micro_batches))[0]
+
+
 def make_train_step(
     model: Transformer,
     optimizer: optax.GradientTransformation,
@@ -164,28 +186,9 @@ def make_train_step(
         of = jax.value_and_grad(summed_loss, argnums=1, has_aux=True)
         return of(model, params, batch, bos, smoothing, key, tokens_at_once)
 
-    def sum_gradients(params: chex.ArrayTree, batch: Batch, key: Array):
-        def of(i: Array, micro: Batch):
-            return gradient(params, micro, jax.random.fold_in(key, i))
-
-        def add(total, indexed):
-            return jax.tree.map(jnp.add, total, of(*indexed)), None
-
-        if accumulation == 1:
-            return gradient(params, batch, key)
-        rows = batch["source"].shape[0]
-        if rows % accumulation:
-            raise ValueError(f"accumulation={accumulation} does not divide the batch's {rows} rows")
-        micro_batches = jax.tree.map(
-            lambda x: x.reshape(accumulation, rows // accumulation, *x.shape[1:]), batch
-        )
-        shapes = jax.eval_shape(of, 0, jax.tree.map(lambda x: x[0], micro_batches))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, (jnp.arange(accumulation), micro_batches))[0]
-
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        (loss, tokens), grads = sum_gradients(state.params, batch, key)
+        (loss, tokens), grads = _sum_gradients(gradient, state.params, batch, key, accumulation)
         count = jnp.maximum(tokens, 1)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
