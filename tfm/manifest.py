@@ -51,9 +51,8 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> str:
     """
     present = _files(folder)
     for path in {*present.values(), *(path.parent for path in present.values())}:
-        _wait_for_disk(
-            path
-        )  # so that after a power cut no manifest speaks of bytes that never arrived
+        # Else, after a power cut, a manifest might speak of bytes that never arrived.
+        _wait_for_disk(path)
     files = {name: [path.stat().st_size, sha256(path)] for name, path in present.items()}
     content = (json.dumps({"files": files, "facts": dict(facts)}, indent=1) + "\n").encode()
     write_durably(folder / NAME, content)

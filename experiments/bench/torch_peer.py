@@ -14,6 +14,7 @@ from experiments.bench.contenders import Contender
 from experiments.bench.inputs import BOS, attention_inputs, tokens
 from experiments.bench.workloads import Attention, Training, Workload
 from tfm.config import TransformerConfig
+from tfm.positions import sinusoidal_positions
 
 
 def build(name: str, work: Workload, weights: Path) -> Contender:
@@ -48,9 +49,8 @@ class Transformer(nn.Module):
                 if attention is not None:
                     attention.dropout = 0.0
                     attention.in_proj_bias = attention.out_proj.bias = None
-        angles = np.arange(length)[:, None] / 10_000 ** (np.arange(0, c.d_model, 2) / c.d_model)
-        positions = np.stack([np.sin(angles), np.cos(angles)], -1).reshape(length, c.d_model)
-        self.register_buffer("positions", torch.tensor(positions, dtype=torch.float32))
+        positions = np.asarray(sinusoidal_positions(length, c.d_model))
+        self.register_buffer("positions", torch.tensor(positions))
         mask = nn.Transformer.generate_square_subsequent_mask(length)
         self.register_buffer("mask", mask)
 
