@@ -1,8 +1,8 @@
 """Decoding: greedy, beam search (§6.1) and sampling, as loops over an explicit cache.
 
 All three take `step(tokens [B, W], index, cache) -> (logits [B, W, V], cache)`: the model's logits
-of the next token for W hypotheses of each of B sources. Every leaf of the cache is [B, W, ...]. All
-run inside jit, and stop early when every hypothesis has ended. `max_length` counts the end symbol;
+of the next token for W hypotheses of each of B sources. Every leaf of the cache is [B, W, ...] and
+goes with its hypothesis; what a `tfm.model.Still` holds stays where it is. All run inside jit, and stop early when every hypothesis has ended. `max_length` counts the end symbol;
 a hypothesis that has not ended by then is returned as it is. After the end symbol come zeros. A bos
 outside the vocabulary is a ValueError; an eos outside it is a symbol that never comes.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax, nn
 
-from tfm.model import Transformer
+from tfm.model import Still, Transformer
 from tfm.precision import working_dtype
 from tfm.shapes import assert_ids
 
@@ -113,8 +113,10 @@ def _append(state: _Search, choice: Array, chosen_log_probs: Array, eos: int, ca
     )
 
 
-def _reorder(x: Array, order: Array) -> Array:
+def _reorder(x: Array | Still, order: Array) -> Array | Still:
     """Takes hypotheses of each source: x [B, W, ...], order [B, W'] -> [B, W', ...]."""
+    if isinstance(x, Still):
+        return x
     return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
@@ -219,7 +221,9 @@ def beam_search(
             lengths=_reorder(state.lengths, parent),
             log_probs=_reorder(totals.reshape(batch, -1), best),
         )
-        cache = jax.tree.map(lambda x: _reorder(x, parent), cache)
+        cache = jax.tree.map(
+            lambda x: _reorder(x, parent), cache, is_leaf=lambda x: isinstance(x, Still)
+        )
         return _append(inherited, choice, jnp.zeros(()), eos, cache)
 
     state = _start(step, cache, bos, max_length)

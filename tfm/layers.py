@@ -41,10 +41,17 @@ class Functions:
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of the positions decoded so far: [..., H, T, d_k] each."""
+    """Keys and values of K positions: of the source's, or of those that were decoded so far.
 
-    key: Array
-    value: Array
+    The keys lie transposed, as QKᵀ wants them: no step then has to turn them all.
+    """
+
+    key: Array  # [B, H, d_k, K]
+    value: Array  # [B, H, K, d_k]
+
+    def rows(self) -> tuple[Array, Array]:
+        """Keys and values [B, H, K, d_k]; XLA takes the one transposition against the other."""
+        return jnp.swapaxes(self.key, -1, -2), self.value
 
 
 def site_key(key: Array | None, site: int) -> Array | None:
@@ -196,8 +203,9 @@ class DecoderLayer(ResidualSublayers):
         self.feed_forward_norm = LayerNorm(self.config, self.functions)
 
     def memory(self, encoded: Array) -> LayerCache:
-        """The cross-attention's keys and values of the encoder's output: [..., H, S, d_k]."""
-        return LayerCache(*self.cross_attention.project(encoded, "kv"))
+        """The cross-attention's keys and values of the encoder's output."""
+        key, value = self.cross_attention.project(encoded, "kv")
+        return LayerCache(jnp.swapaxes(key, -1, -2), value)
 
     def _sublayers(
         self, x: Array, attend: Callable, cross_attend: Callable, dropout_key: Array | None
@@ -226,36 +234,41 @@ class DecoderLayer(ResidualSublayers):
 
         def cross_attend(x):
             (query,) = self.cross_attention.project(x, "q")
+            key_value = self.cross_attention.project(encoded, "kv")
             return self.cross_attention.attend(
-                query, *self.memory(encoded), cross_mask, site_key(dropout_key, 4), cross_head_mask
+                query, *key_value, cross_mask, site_key(dropout_key, 4), cross_head_mask
             )
 
         return self._sublayers(x, attend, cross_attend, dropout_key)
 
     def step(
-        self, x: Array, index: Array, cache: LayerCache, memory: LayerCache, cross_mask: Array
+        self,
+        x: Array,
+        index: Array,
+        cache: LayerCache,
+        mask: Array,
+        memory: LayerCache,
+        cross_mask: Array,
     ) -> tuple[Array, LayerCache]:
         """One position of each hypothesis: [B, W, D] -> the same, and the cache with it written.
 
-        The W hypotheses of a source are W queries of one cross-attention, so that its keys and
-        values need no copy a hypothesis.
+        The W hypotheses of a source are W queries of one attention, to the source's memory (which
+        needs no copy a hypothesis) and to all that the W rows have written; `mask` [B, 1, W, T·W]
+        says what of it is a hypothesis's own.
         """
 
+        def write(old, new, axis):
+            return jax.lax.dynamic_update_slice_in_dim(old, new, index * x.shape[1], axis)
+
         def attend(x):
-            query, *new = self.self_attention.project(x[..., None, :], "qkv")
-            written = LayerCache(
-                *(
-                    jax.lax.dynamic_update_slice_in_dim(old, now, index, axis=-2)
-                    for old, now in zip(cache, new, strict=True)
-                )
-            )
-            mask = jnp.arange(cache.key.shape[-2]) <= index
-            y, _ = self.self_attention.attend(query, *written, mask)
-            return y[..., 0, :], written
+            query, key, value = self.self_attention.project(x, "qkv")
+            keys = write(cache.key, jnp.swapaxes(key, -1, -2), -1)
+            written = LayerCache(keys, write(cache.value, value, -2))
+            return self.self_attention.attend(query, *written.rows(), mask)[0], written
 
         def cross_attend(x):
             (query,) = self.cross_attention.project(x, "q")
-            return self.cross_attention.attend(query, *memory, cross_mask)
+            return self.cross_attention.attend(query, *memory.rows(), cross_mask)
 
         x, cache, _ = self._sublayers(x, attend, cross_attend, None)
         return x, cache

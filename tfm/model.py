@@ -30,8 +30,25 @@ def _one_sequence(tokens: Array) -> Array:
 class Memory(NamedTuple):
     """What decoding needs of the source: each decoder layer's cross-attention keys and values."""
 
-    layers: tuple[LayerCache, ...]  # [B, H, S, d_k]
+    layers: tuple[LayerCache, ...]  # of K = S positions
     mask: Array  # [B, 1, 1, S]
+
+
+class Still(NamedTuple):
+    """What stays in its place when hypotheses branch."""
+
+    layers: tuple[LayerCache, ...]  # of K = T·W positions: the W rows of each side by side
+
+
+class Cache(NamedTuple):
+    """What decoding remembers of the positions so far.
+
+    Beam search lets hypotheses branch at each position. Their keys and values are not copied for
+    that: they stay in the row that wrote them, and `rows` alone goes with a hypothesis.
+    """
+
+    rows: Array  # [B, W, T], the row, of W, where each position of a hypothesis is written
+    written: Still
 
 
 class Transformer(nn.Module):
@@ -219,13 +236,11 @@ class Transformer(nn.Module):
             return output
         return output, {"encoder": encoder_weights, "decoder": weights, "cross": cross_weights}
 
-    def start(
-        self, source: Array, num_hypotheses: int, max_length: int
-    ) -> tuple[Memory, tuple[LayerCache, ...]]:
+    def start(self, source: Array, num_hypotheses: int, max_length: int) -> tuple[Memory, Cache]:
         """Encodes the source and makes an empty cache, for `step`.
 
-        source: [B, S] ids -> memory, and a cache of [B, W, H, T, d_k] a layer
-        (W = num_hypotheses, T = max_length).
+        source: [B, S] ids -> memory, and a cache of W = num_hypotheses rows and T = max_length
+        positions.
         """
         c = self.config
         assert_fits("source", source, (None, None))
@@ -234,26 +249,32 @@ class Transformer(nn.Module):
         self._check_length("target", max_length)
         encoded, _ = self.encode(source)
         memory = tuple(layer.memory(encoded) for layer in self.decoder)
-        mask = padding_mask(source)
-        shape = (source.shape[0], num_hypotheses, c.num_heads, max_length, c.d_model // c.num_heads)
-        zeros = jnp.zeros(shape, encoded.dtype)
-        return Memory(memory, mask), tuple(LayerCache(zeros, zeros) for _ in self.decoder)
+        batch, written = source.shape[0], max_length * num_hypotheses
+        zeros = jnp.zeros((batch, c.num_heads, written, c.d_model // c.num_heads), encoded.dtype)
+        layers = tuple(LayerCache(jnp.swapaxes(zeros, -1, -2), zeros) for _ in self.decoder)
+        rows = jnp.zeros((batch, num_hypotheses, max_length), jnp.int32)
+        return Memory(memory, padding_mask(source)), Cache(rows, Still(layers))
 
     def step(
-        self, memory: Memory, tokens: Array, index: Array, cache: tuple[LayerCache, ...]
-    ) -> tuple[Array, tuple[LayerCache, ...]]:
+        self, memory: Memory, tokens: Array, index: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
         """One step at position `index` for tokens [B, W] -> logits [B, W, V] and the cache."""
         x = self._embed("target", tokens[..., None], jnp.asarray(index)[None], None)[..., 0, :]
+        _, width, length = cache.rows.shape
+        row, position = jnp.arange(width), jnp.arange(length)
+        rows = jnp.where(position == index, row[:, None], cache.rows)
+        written_by = rows[..., None] == row  # [B, W hypotheses, T, W rows]
+        mask = (written_by & (position <= index)[:, None]).reshape(*rows.shape[:2], -1)[:, None]
         new = []
         for layer, layer_cache, layer_memory in zip(
-            self.decoder, cache, memory.layers, strict=True
+            self.decoder, cache.written.layers, memory.layers, strict=True
         ):
-            x, written = layer.step(x, index, layer_cache, layer_memory, memory.mask)
+            x, written = layer.step(x, index, layer_cache, mask, layer_memory, memory.mask)
             new.append(written)
         x = self.decoder_norm(x) if self.config.norm_placement == "pre" else x
         # Beyond the cache there is no room: NaN, since its last position has been overwritten.
-        fits = index < cache[0].key.shape[-2]
-        return jnp.where(fits, self.logits(x), jnp.nan), tuple(new)
+        logits = jnp.where(index < length, self.logits(x), jnp.nan)
+        return logits, Cache(rows, Still(tuple(new)))
 
 
 def shift_right(labels: Array, bos: int, positions: Array | None = None) -> Array:
