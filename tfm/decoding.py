@@ -2,9 +2,10 @@
 
 All three take `step(tokens [B, W], index, cache) -> (logits [B, W, V], cache)`: the model's logits
 of the next token for W hypotheses of each of B sources. Every leaf of the cache is [B, W, ...] and
-goes with its hypothesis; what a `tfm.model.Still` holds stays where it is. All run inside jit, and stop early when every hypothesis has ended. `max_length` counts the end symbol;
-a hypothesis that has not ended by then is returned as it is. After the end symbol come zeros. A bos
-outside the vocabulary is a ValueError; an eos outside it is a symbol that never comes.
+goes with its hypothesis; what a `tfm.model.Still` holds stays where it is. All run inside jit, and
+stop early when every hypothesis has ended. `max_length` counts the end symbol; a hypothesis that
+has not ended by then is returned as it is. After the end symbol come zeros. A bos outside the
+vocabulary is a ValueError; an eos outside it is a symbol that never comes.
 """
 
 from collections.abc import Callable
