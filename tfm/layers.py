@@ -49,7 +49,7 @@ class LayerCache(NamedTuple):
     key: Array  # [B, H, d_k, K]
     value: Array  # [B, H, K, d_k]
 
-    def rows(self) -> tuple[Array, Array]:
+    def pair(self) -> tuple[Array, Array]:
         """Keys and values [B, H, K, d_k]; XLA takes the one transposition against the other."""
         return jnp.swapaxes(self.key, -1, -2), self.value
 
@@ -264,11 +264,11 @@ class DecoderLayer(ResidualSublayers):
             query, key, value = self.self_attention.project(x, "qkv")
             keys = write(cache.key, jnp.swapaxes(key, -1, -2), -1)
             written = LayerCache(keys, write(cache.value, value, -2))
-            return self.self_attention.attend(query, *written.rows(), mask)[0], written
+            return self.self_attention.attend(query, *written.pair(), mask)[0], written
 
         def cross_attend(x):
             (query,) = self.cross_attention.project(x, "q")
-            return self.cross_attention.attend(query, *memory.rows(), cross_mask)
+            return self.cross_attention.attend(query, *memory.pair(), cross_mask)
 
         x, cache, _ = self._sublayers(x, attend, cross_attend, None)
         return x, cache

@@ -196,7 +196,7 @@ def beam_of_4(params, source):
 
 
 def test_scores_of_a_beam_are_the_uncached_models():
-    # The cache of keys and values follows its hypothesis through every reordering.
+    # After every branching a hypothesis finds its own keys and values, in whichever row they are.
     model, params = Transformer(PAPER), parameters(PAPER)
     found = beam_of_4(params, SOURCE)
 
