@@ -1,18 +1,31 @@
 """§3.2 Attention: scaled dot-product attention and its several heads."""
 
+import math
+from functools import partial
+from typing import Literal, get_args
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from tfm.precision import linear, matmul
+from tfm.precision import linear, matmul, working_dtype
 from tfm.shapes import assert_broadcasts, assert_fits
 
+Implementation = Literal["auto", "reference", "chunked", "cudnn"]
+"""How attention is computed; see `scaled_dot_product_attention`."""
 
+CHUNK = 2**21
+"""Logits that the chunked attention holds at a time: 8 MB in f32, which a CPU's cache takes."""
+
+
+@jax.custom_jvp
 def masked_softmax(logits: Array, mask: Array | None = None) -> Array:
     """softmax over the last axis, restricted to where `mask` is True.
 
-    softmax(z)ₖ = exp(zₖ) / Σⱼ exp(zⱼ), summed over allowed j only. A row with nothing allowed gives
-    zeros, and no gradient: there is nothing to attend to.
+    y = softmax(z): yₖ = exp(zₖ) / Σⱼ exp(zⱼ), summed over allowed j only; dy = y ⊙ (dz − Σ y dz).
+    A row with nothing allowed gives zeros, and no gradient: there is nothing to attend to.
 
     logits: [..., K], mask: boolean, broadcastable to it -> [..., K]
     """
@@ -20,10 +33,27 @@ def masked_softmax(logits: Array, mask: Array | None = None) -> Array:
         mask = jnp.ones((), bool)
     logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     # Subtracting a row's maximum changes nothing but keeps exp from overflowing.
-    exponentials = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
+    exponentials = jnp.exp(logits - logits.max(-1, keepdims=True))
     exponentials = jnp.where(mask, exponentials, 0)
     total = exponentials.sum(-1, keepdims=True)
     return exponentials / jnp.where(total > 0, total, 1)
+
+
+# Autodiff would keep the exponentials and their sums too; the weights alone are enough.
+@masked_softmax.defjvp
+def _masked_softmax_jvp(primals, tangents):
+    weights = masked_softmax(*primals)
+    weighted = weights * tangents[0]
+    return weights, weighted - weights * weighted.sum(-1, keepdims=True)
+
+
+def _check(query: Array, key: Array, mask: Array | None) -> None:
+    assert_fits("query", query, (..., None, None))
+    assert_fits("key", key, (*query.shape[:-2], None, query.shape[-1]), query=query)
+    if mask is not None:
+        if mask.dtype != jnp.bool_:
+            raise TypeError(f"mask must be boolean (True = may attend), not {mask.dtype}")
+        assert_broadcasts("mask", mask, (*query.shape[:-1], key.shape[-2]))
 
 
 def attention_weights(
@@ -44,15 +74,10 @@ def attention_weights(
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
       TypeError: the mask is not boolean.
     """
-    assert_fits("query", query, (..., None, None))
-    assert_fits("key", key, (*query.shape[:-2], None, query.shape[-1]), query=query)
-    if mask is not None:
-        if mask.dtype != jnp.bool_:
-            raise TypeError(f"mask must be boolean (True = may attend), not {mask.dtype}")
-        assert_broadcasts("mask", mask, (*query.shape[:-1], key.shape[-2]))
-    d_k = query.shape[-1]
-    logits = matmul(query, jnp.swapaxes(key, -1, -2), compute_dtype) / d_k**0.5
-    return masked_softmax(logits, mask)
+    _check(query, key, mask)
+    # Dividing the queries is the same as dividing the logits, of which there are more.
+    query = query / query.shape[-1] ** 0.5
+    return masked_softmax(matmul(query, jnp.swapaxes(key, -1, -2), compute_dtype), mask)
 
 
 def scaled_dot_product_attention(
@@ -62,6 +87,7 @@ def scaled_dot_product_attention(
     mask: Array | None = None,
     *,
     compute_dtype: DTypeLike | None = None,
+    implementation: Implementation = "auto",
 ) -> Array:
     """Attention(Q, K, V) = softmax(QKᵀ/√d_k) V (§3.2.1, equation 1).
 
@@ -71,6 +97,12 @@ def scaled_dot_product_attention(
       value: [..., H, K, d_v].
       mask: boolean, broadcastable to [..., H, L, K]; True = may attend.
       compute_dtype: see `tfm.precision`.
+      implementation: the same function, computed in another way:
+        reference: the formula as it stands, with all of softmax(QKᵀ/√d_k) in memory.
+        chunked: a few heads at a time, and anew in the backward pass: O(L·K) memory for those only.
+        cudnn: NVIDIA's fused kernel, for operands that `fits_cudnn`.
+        auto: cudnn on a GPU where it fits, chunked on a CPU whose cache the logits overflow, or
+          else reference.
 
     Returns:
       [..., H, L, d_v]; zeros for a query that may attend to nothing.
@@ -78,10 +110,103 @@ def scaled_dot_product_attention(
     Raises:
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
       TypeError: the mask is not boolean.
+      ValueError: an implementation of another name, or cudnn where it does not fit.
+      RuntimeError: cudnn where there is none.
     """
-    weights = attention_weights(query, key, mask, compute_dtype=compute_dtype)
+    _check(query, key, mask)
     assert_fits("value", value, (*key.shape[:-1], None), key=key)
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
+    fits = fits_cudnn(query, key, value, compute_dtype)
+    if implementation == "cudnn" and not fits:
+        raise ValueError(
+            "cudnn attention takes a compute_dtype of 16 bits, even L and K, and d_v = d_k, a "
+            f"multiple of 8 up to 128; not {compute_dtype=} and query, key and value of shape "
+            f"{query.shape}, {key.shape} and {value.shape}"
+        )
+    ways = {name: partial(way, compute_dtype=compute_dtype) for name, way in _WAYS.items()}
+    if implementation != "auto":
+        return ways[implementation](query, key, value, mask)
+    on_platform = {}
+    if math.prod(query.shape[:-1]) * key.shape[-2] > CHUNK:
+        on_platform["cpu"] = ways["chunked"]
+    if fits and _cudnn_is_here():
+        on_platform["cuda"] = ways["cudnn"]
+    return lax.platform_dependent(
+        query, key, value, mask, default=ways["reference"], **on_platform
+    )
+
+
+def fits_cudnn(query: Array, key: Array, value: Array, compute_dtype: DTypeLike | None) -> bool:
+    """Whether NVIDIA's fused attention takes such operands, and gives their gradient too."""
+    *_, length, d_k = query.shape
+    return (
+        compute_dtype is not None
+        and jnp.dtype(compute_dtype).itemsize == 2
+        and length % 2 == key.shape[-2] % 2 == 0
+        and value.shape[-1] == d_k <= 128
+        and d_k % 8 == 0
+    )
+
+
+def _cudnn_is_here() -> bool:
+    # Without it JAX refuses to trace its call, for another platform too.
+    return "cuda" in jax.devices()[0].client.platform_version
+
+
+def _reference(
+    query: Array, key: Array, value: Array, mask: Array | None, compute_dtype: DTypeLike | None
+) -> Array:
+    weights = attention_weights(query, key, mask, compute_dtype=compute_dtype)
     return matmul(weights, value, compute_dtype)
+
+
+def _chunked(
+    query: Array, key: Array, value: Array, mask: Array | None, compute_dtype: DTypeLike | None
+) -> Array:
+    """`_reference` of as many heads at a time as `CHUNK` allows."""
+    *leading, length, _ = query.shape
+    mask = jnp.ones((1, 1), bool) if mask is None else jnp.atleast_2d(mask)
+    masks = mask.reshape(-1, *mask.shape[-2:])
+    # Which of the masks each head has: they are not copied to the heads that share one.
+    which = np.broadcast_to(np.arange(len(masks)).reshape(mask.shape[:-2]), leading).reshape(-1)
+    most = min(which.size, max(1, CHUNK // (length * key.shape[-2])))
+    size = next(n for n in range(most, 0, -1) if which.size % n == 0)
+
+    @jax.checkpoint
+    def one(head):
+        *operands, i = head
+        return _reference(*operands, masks[i], compute_dtype)
+
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (query, key, value)]
+    out = lax.map(one, (*flat, jnp.asarray(which)), batch_size=size)
+    return out.reshape(*leading, length, value.shape[-1])
+
+
+def _cudnn(
+    query: Array, key: Array, value: Array, mask: Array | None, compute_dtype: DTypeLike | None
+) -> Array:
+    """`jax.nn.dot_product_attention`, which wants [B, L, H, d_k] and has mean(V) for nothing."""
+
+    def examples(x):  # [..., H, L, d] -> [B, H, L, d]
+        return x.reshape(-1, *(1, *x.shape)[-3:])
+
+    def rows(x):  # [..., H, L, d] -> [B, L, H, d]
+        return jnp.swapaxes(examples(x), 1, 2).astype(compute_dtype)
+
+    if mask is None:
+        mask = jnp.ones((), bool)
+    allowed = jnp.broadcast_to(mask, (*query.shape[:-1], key.shape[-2]))
+    out = jax.nn.dot_product_attention(
+        *map(rows, (query, key, value)),
+        mask=examples(allowed),
+        implementation="cudnn",
+    )
+    out = jnp.swapaxes(out, 1, 2).reshape(query.shape).astype(working_dtype(query, key, value))
+    return jnp.where(allowed.any(-1, keepdims=True), out, 0)
+
+
+_WAYS = {"reference": _reference, "chunked": _chunked, "cudnn": _cudnn}
 
 
 def split_heads(x: Array, num_heads: int) -> Array:

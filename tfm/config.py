@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from tfm.attention import Implementation
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -48,6 +50,8 @@ class TransformerConfig:
     """Initialiser of the weight matrices. Embeddings are normal with deviation 1/√d_model."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Operands of the matrix products. bfloat16 still sums in f32 and keeps f32 parameters."""
+    attention: Implementation = "auto"
+    """How attention is computed, to the same result: see `tfm.scaled_dot_product_attention`."""
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():

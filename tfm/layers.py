@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tfm.attention import attention_weights, merge_heads, split_heads
+from tfm.attention import (
+    attention_weights,
+    merge_heads,
+    scaled_dot_product_attention,
+    split_heads,
+)
 from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.feed_forward import feed_forward
@@ -130,11 +135,16 @@ class MultiHeadAttention(nn.Module):
         """[..., H, L, d_k] and [..., H, K, d_k] twice -> [..., L, D] and weights [..., H, L, K]."""
         c = self.config
         weights_of = self.functions.attention_weights
+        # XLA drops them where nobody takes them.
         weights = weights_of(query, key, mask, compute_dtype=c.compute_dtype)
-        used = weights
-        if dropout_key is not None:
-            used = dropout(dropout_key, used, c.attention_dropout_rate)
-        heads = matmul(used, value, c.compute_dtype)
+        drops = dropout_key is not None and c.attention_dropout_rate > 0
+        if drops or weights_of is not attention_weights:
+            used = dropout(dropout_key, weights, c.attention_dropout_rate) if drops else weights
+            heads = matmul(used, value, c.compute_dtype)
+        else:
+            heads = scaled_dot_product_attention(
+                query, key, value, mask, compute_dtype=c.compute_dtype, implementation=c.attention
+            )
         if head_mask is not None:
             heads *= head_mask[:, None, None]
         return self._linear(merge_heads(heads), "o"), weights

@@ -201,6 +201,103 @@ def test_attention_refuses_a_mask_that_is_not_boolean(rng):
     )
 
 
+# The ways to compute it
+
+MASK_SHAPES = [(), (5,), (4, 5), (2, 1, 1, 5), (2, 1, 4, 5), (3, 1, 1), (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("shape", [None, *MASK_SHAPES])
+@pytest.mark.parametrize("chunk", [1, 45, 10**6])  # one head at a time, two, and all
+def test_chunks_give_what_the_reference_gives(rng, x64, monkeypatch, shape, chunk):
+    monkeypatch.setattr("tfm.attention.CHUNK", chunk)
+    inputs = queries_keys_values(rng)
+    mask = None if shape is None else jnp.asarray(rng.random(shape) < 2 / 3)
+
+    def value_and_gradients(implementation):
+        def total(*inputs):
+            out = scaled_dot_product_attention(*inputs, mask, implementation=implementation)
+            return jnp.square(out - 1).sum(), out
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
+
+    chunked, reference = map(value_and_gradients, ("chunked", "reference"))
+    jax.tree.map(partial(assert_close, tolerance=1e-12), chunked, reference)
+
+
+def test_long_sequences_take_chunks_by_themselves_and_little_memory():
+    operand = jax.ShapeDtypeStruct((8, 8, 1024, 16), jnp.float32)
+
+    def temporary_bytes(**options):
+        def total(*inputs):
+            return scaled_dot_product_attention(*inputs, **options).sum()
+
+        both = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+        return both.lower(operand, operand, operand).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 8 * 8 * 1024**2
+    assert temporary_bytes(implementation="reference") > logits
+    assert temporary_bytes(implementation="chunked") < temporary_bytes() + 1024
+    assert temporary_bytes() < logits / 4
+
+
+def lowered_for_cuda(monkeypatch, function, *shapes):
+    """The program that a GPU would get. JAX asks for the version of a cuDNN that is not here."""
+    version = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(version, lambda: 91_000)
+    monkeypatch.setattr("tfm.attention._cudnn_is_here", lambda: True)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    check = jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaScaleBiasSoftmax")
+    back = jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaScaleBiasSoftmaxBackward")
+    export = jax.export.export(
+        jax.jit(function), platforms=["cuda"], disabled_checks=[check, back]
+    )
+    return export(*arguments).mlir_module()
+
+
+FITTING = (2, 3, 4, 8)
+
+
+@pytest.mark.parametrize("leading", [(2, 3), (3,), (), (2, 2, 3)])
+def test_a_gpu_computes_attention_with_cudnn(monkeypatch, leading):
+    def total(*inputs):
+        mask = causal_mask(4)
+        out = scaled_dot_product_attention(*inputs, mask, compute_dtype=jnp.bfloat16)
+        assert out.shape == inputs[0].shape and out.dtype == jnp.float32
+        return out.sum()
+
+    both = jax.grad(total, argnums=(0, 1, 2))
+    program = lowered_for_cuda(monkeypatch, both, *[(*leading, 4, 8)] * 3)
+    assert "__cudnn$fmhaScaleBiasSoftmax" in program
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in program
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "compute_dtype"),
+    [
+        (FITTING, FITTING, FITTING, None),
+        (FITTING, FITTING, FITTING, jnp.float32),
+        ((2, 3, 5, 8), FITTING, FITTING, jnp.bfloat16),
+        (FITTING, (2, 3, 5, 8), (2, 3, 5, 8), jnp.bfloat16),
+        (FITTING, FITTING, (2, 3, 4, 16), jnp.bfloat16),
+        (*[(2, 3, 4, 12)] * 3, jnp.bfloat16),
+        (*[(2, 3, 4, 136)] * 3, jnp.bfloat16),
+    ],
+)
+def test_a_gpu_falls_back_where_cudnn_does_not_fit(monkeypatch, query, key, value, compute_dtype):
+    attention = partial(scaled_dot_product_attention, compute_dtype=compute_dtype)
+    assert "fmha" not in lowered_for_cuda(monkeypatch, attention, query, key, value)
+    forced = partial(attention, implementation="cudnn")
+    words = ["cudnn", str(query), str(value), "multiple of 8"]
+    inputs = map(jnp.zeros, (query, key, value))
+    assert_refuses(forced, *inputs, words=words, error=ValueError)
+
+
+def test_an_unknown_implementation_is_refused():
+    inputs = [jnp.zeros(FITTING)] * 3
+    unknown = partial(scaled_dot_product_attention, implementation="flash")
+    assert_refuses(unknown, *inputs, words=["flash", "reference"], error=ValueError)
+
+
 # Heads
 
 
