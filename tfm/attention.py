@@ -132,9 +132,7 @@ def scaled_dot_product_attention(
         on_platform["cpu"] = ways["chunked"]
     if fits and _cudnn_is_here():
         on_platform["cuda"] = ways["cudnn"]
-    return lax.platform_dependent(
-        query, key, value, mask, default=ways["reference"], **on_platform
-    )
+    return lax.platform_dependent(query, key, value, mask, default=ways["reference"], **on_platform)
 
 
 def fits_cudnn(query: Array, key: Array, value: Array, compute_dtype: DTypeLike | None) -> bool:

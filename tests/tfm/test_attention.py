@@ -248,9 +248,7 @@ def lowered_for_cuda(monkeypatch, function, *shapes):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     check = jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaScaleBiasSoftmax")
     back = jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaScaleBiasSoftmaxBackward")
-    export = jax.export.export(
-        jax.jit(function), platforms=["cuda"], disabled_checks=[check, back]
-    )
+    export = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[check, back])
     return export(*arguments).mlir_module()
 
 
