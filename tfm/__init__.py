@@ -28,6 +28,7 @@ from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.model import Transformer, shift_right
 from tfm.normalization import layer_norm
 from tfm.positions import sinusoidal_positions
+from tfm.quantization import quantize
 from tfm.training import (
     TrainState,
     cosine_schedule,
@@ -68,6 +69,7 @@ __all__ = [
     "output_logits",
     "padding_mask",
     "paper_schedule",
+    "quantize",
     "sample",
     "scaled_dot_product_attention",
     "segment_mask",

@@ -132,6 +132,8 @@ def scaled_dot_product_attention(
         on_platform["cpu"] = ways["chunked"]
     if fits and _cudnn_is_here():
         on_platform["cuda"] = ways["cudnn"]
+    if not on_platform:
+        return ways["reference"](query, key, value, mask)
     return lax.platform_dependent(query, key, value, mask, default=ways["reference"], **on_platform)
 
 

@@ -21,6 +21,7 @@ from tfm.feed_forward import feed_forward
 from tfm.normalization import layer_norm
 from tfm.positions import sinusoidal_positions
 from tfm.precision import linear, matmul
+from tfm.quantization import Quantized, side_by_side
 
 INITIALIZERS = {
     "xavier_uniform": nn.initializers.xavier_uniform(),
@@ -64,6 +65,14 @@ def site_key(key: Array | None, site: int) -> Array | None:
     return None if key is None else jax.random.fold_in(key, site)
 
 
+def matrix(module: nn.Module, name: str, shape: tuple[int, int]) -> Array | Quantized:
+    """The module's parameter, or what `tfm.quantize` put in its place, whose form is its own."""
+    given = module.get_variable("params", name)
+    if isinstance(given, Quantized):
+        return given
+    return module.param(name, INITIALIZERS[module.config.initializer], shape)
+
+
 class LayerNorm(nn.Module):
     config: TransformerConfig
     functions: Functions = Functions()
@@ -82,10 +91,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        matrix, zeros = INITIALIZERS[c.initializer], nn.initializers.zeros
-        w1 = self.param("w1", matrix, (c.d_model, c.d_ff))
+        zeros = nn.initializers.zeros
+        w1 = matrix(self, "w1", (c.d_model, c.d_ff))
         b1 = self.param("b1", zeros, (c.d_ff,))
-        w2 = self.param("w2", matrix, (c.d_ff, c.d_model))
+        w2 = matrix(self, "w2", (c.d_ff, c.d_model))
         b2 = self.param("b2", zeros, (c.d_model,))
         dtype = jnp.dtype(c.compute_dtype)
         return self.functions.feed_forward(x, w1, b1, w2, b2, compute_dtype=dtype)
@@ -102,14 +111,13 @@ class MultiHeadAttention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        matrix, square = INITIALIZERS[c.initializer], (c.d_model, c.d_model)
-        self.weights = {n: self.param(f"w_{n}", matrix, square) for n in "qkvo"}
+        self.weights = {n: matrix(self, f"w_{n}", (c.d_model, c.d_model)) for n in "qkvo"}
         if c.projection_bias:
             zeros, row = nn.initializers.zeros, (c.d_model,)
             self.biases = {n: self.param(f"b_{n}", zeros, row) for n in "qkvo"}
 
     def _linear(self, x: Array, names: str) -> Array:
-        w = jnp.concatenate([self.weights[n] for n in names], axis=1)
+        w = side_by_side([self.weights[n] for n in names])
         y = linear(x, w, self.config.compute_dtype)
         if self.config.projection_bias:
             y += jnp.concatenate([self.biases[n] for n in names])

@@ -129,7 +129,9 @@ class Transformer(nn.Module):
         """The decoder's output [..., D] -> logits [..., V]."""
         c = self.config
         bias = self.bias if c.output_bias else None
-        return output_logits(y, self.target_table.T, bias, compute_dtype=c.compute_dtype)
+        quantized = self.get_variable("params", "output")  # of `tfm.quantize`
+        w = self.target_table.T if quantized is None else quantized
+        return output_logits(y, w, bias, compute_dtype=c.compute_dtype)
 
     def encode(
         self,

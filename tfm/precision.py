@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from tfm.quantization import Quantized, quantized_linear
+
 
 def working_dtype(*arrays: Array) -> jnp.dtype:
     """What softmax, normalisation and losses work in: f32, or the widest of the inputs."""
@@ -71,10 +73,14 @@ def matmul(a: Array, b: Array, compute_dtype: DTypeLike | None = None) -> Array:
     return _low_precision_matmul(a, b, jnp.dtype(compute_dtype))
 
 
-def linear(x: Array, w: Array, compute_dtype: DTypeLike | None = None) -> Array:
-    """x w, one row at a time.
+def linear(x: Array, w: Array | Quantized, compute_dtype: DTypeLike | None = None) -> Array:
+    """x w, one row at a time; of a `Quantized` matrix in 8 bits, whatever the compute_dtype.
 
     x: [..., I], w: [I, O] -> [..., O] in f32, or the wider of the inputs.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return matmul(rows, w, compute_dtype).reshape(*x.shape[:-1], w.shape[-1])
+    if isinstance(w, Quantized):
+        y = quantized_linear(rows, w)
+    else:
+        y = matmul(rows, w, compute_dtype)
+    return y.reshape(*x.shape[:-1], w.shape[-1])

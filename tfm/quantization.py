@@ -1,0 +1,78 @@
+"""Matrices in 8 bits, for decoding: a quarter of the bytes to read, and products of integers."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+LEVELS = 127  # -127 … 127: as far from zero on both sides
+
+MATRICES = {"w_q", "w_k", "w_v", "w_o", "w1", "w2"}
+
+
+@flax.struct.dataclass
+class Quantized:
+    """A matrix [I, O] in 8 bits: column o is about values[o] · scale[o].
+
+    It lies transposed, as a product with few rows wants it. `tfm.precision.linear` takes it for a matrix.
+    """
+
+    values: Array  # int8 [O, I]
+    scale: Array  # f32 [O, 1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[::-1]
+
+
+def quantize_rows(x: Array) -> tuple[Array, Array]:
+    """x ≈ values · scale: each row in steps of its own, max|x|/127.
+
+    x: [N, I] -> int8 [N, I] and [N, 1]. A row of zeros has the scale 0.
+    """
+    scale = jnp.abs(x).max(-1, keepdims=True) / LEVELS
+    return jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale
+
+
+def quantized_linear(x: Array, w: Quantized) -> Array:
+    """x w, where the rows of x are rounded to 8 bits too, each when it comes (dynamically).
+
+    Integers are multiplied and summed without error, so the rounding of x and w is all that is
+    lost. It has no gradient to speak of: it is for a trained model.
+
+    x: [N, I], w: [I, O] -> [N, O]
+    """
+    values, scale = quantize_rows(x)
+    axes = (((1,), (1,)), ((), ()))
+    products = lax.dot_general(w.values, values, axes, preferred_element_type=jnp.int32)
+    return (products * w.scale).T * scale
+
+
+def side_by_side(matrices: list[Array | Quantized]) -> Array | Quantized:
+    """[I, O₁], [I, O₂], … -> [I, O₁ + O₂ + …]"""
+    if isinstance(matrices[0], Quantized):
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *matrices)
+    return jnp.concatenate(matrices, axis=1)
+
+
+def quantize(params: Any) -> Any:
+    """The parameters of a `tfm.Transformer` with its matrices in 8 bits.
+
+    What takes parameters takes these too: `model.apply`, `start_decoding`. Embeddings, norms and
+    biases stay as they are; the matrix of the output becomes one of its own. Attention's products
+    of queries, keys and values are those of `compute_dtype`.
+    """
+
+    def transposed(w: Array) -> Quantized:
+        return Quantized(*quantize_rows(w))
+
+    def walk(tree: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: walk(value) if isinstance(value, dict)
+            else transposed(value.T) if name in MATRICES else value
+            for name, value in tree.items()
+        }  # fmt: skip
+
+    return walk(params) | {"output": transposed(params["embedding"])}
