@@ -79,8 +79,5 @@ def linear(x: Array, w: Array | Quantized, compute_dtype: DTypeLike | None = Non
     x: [..., I], w: [I, O] -> [..., O] in f32, or the wider of the inputs.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(w, Quantized):
-        y = quantized_linear(rows, w)
-    else:
-        y = matmul(rows, w, compute_dtype)
+    y = quantized_linear(rows, w) if isinstance(w, Quantized) else matmul(rows, w, compute_dtype)
     return y.reshape(*x.shape[:-1], w.shape[-1])
