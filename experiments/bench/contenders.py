@@ -30,7 +30,7 @@ class Contender(NamedTuple):
     """One way to do a workload."""
 
     run: Callable[[], object]
-    """Does the work once, and returns when it is done."""
+    """Does the work once, and returns when it is done: of a `Stream` the number of real tokens."""
     check: Callable[[], np.ndarray]
     """What all contenders must agree on: a loss, log-probabilities, an output."""
 

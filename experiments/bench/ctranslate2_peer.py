@@ -26,14 +26,15 @@ def build(name: str, work: Decoding, weights: Path) -> Contender:
         spec.optimize()
         spec.save(folder)
         translator = ctranslate2.Translator(
-            folder, device="cpu", compute_type="float32",
+            folder, device="cpu", compute_type=work.dtype,
             inter_threads=1, intra_threads=len(os.sched_getaffinity(0)),
         )  # fmt: skip
 
     def run() -> object:
         return translator.translate_batch(
             source, beam_size=work.beam, max_batch_size=work.rows, length_penalty=0.6,
-            min_decoding_length=work.target, max_decoding_length=work.target,
+            min_decoding_length=1 if work.stopping else work.target,
+            max_decoding_length=work.target,
         )  # fmt: skip
 
     def check() -> np.ndarray:

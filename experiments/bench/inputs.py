@@ -1,8 +1,11 @@
 """The data of the workloads: seeded, and the same for every contender."""
 
+from typing import Any
+
 import numpy as np
 
-from experiments.bench.workloads import Attention, Decoding, Training
+from experiments.bench.workloads import Attention, Decoding, Stream, Training
+from experiments.data import load_cmudict
 
 BOS, EOS = 1, 2
 
@@ -16,6 +19,27 @@ def tokens(work: Training | Decoding) -> tuple[np.ndarray, np.ndarray]:
         rng.integers(3, size, (work.rows, n)) for size, n in zip(sizes, lengths, strict=True)
     )
     return source, target
+
+
+def examples(work: Stream) -> list[dict[str, Any]]:
+    """Random ids, a source as long as a word of CMUdict with its end symbol, and a target as long
+    as one of its pronunciations; in an order that the seed chose."""
+    rng = np.random.default_rng(0)
+    lengths = [
+        (len(word) + 1, len(p) + 1) for word, all_of in load_cmudict().items() for p in all_of
+    ]
+    chosen = rng.permutation([n for n in lengths if n[0] <= work.source and n[1] <= work.target])
+    return [
+        {
+            side: rng.integers(3, work.config.vocab_size, n, np.int32)
+            for side, n in zip(("source", "target"), pair, strict=True)
+        }
+        for pair in chosen[: work.examples]
+    ]
+
+
+CHECKED = 64
+"""Examples of a `Stream` whose loss all contenders must agree on."""
 
 
 def attention_inputs(work: Attention, layout: str) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from experiments.bench.workloads import WORKLOADS, Training, Workload, training_
 from experiments.errors import UserError
 from experiments.run_folder import RunFolder, named, plain, write_json, write_text
 
-AGREE = {"float32": 1e-4, "bfloat16": 2e-2}
+AGREE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 2e-2}
 """How far a peer's loss or outputs may be from ours, by dtype, before it is no peer."""
 _KEPT = ("seconds", "first_seconds", "peak_bytes", "peak_flops")
 

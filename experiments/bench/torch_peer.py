@@ -1,8 +1,11 @@
 """PyTorch: `nn.Transformer`'s layers with the paper's dropout sites, eager and compiled; SDPA."""
 
 import contextlib
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from experiments.bench.contenders import Contender
-from experiments.bench.inputs import BOS, attention_inputs, tokens
-from experiments.bench.workloads import Attention, Training, Workload
+from experiments.bench.inputs import BOS, CHECKED, attention_inputs, examples, tokens
+from experiments.bench.workloads import Attention, Stream, Training, Workload
 from tfm.config import TransformerConfig
 from tfm.positions import sinusoidal_positions
 
@@ -35,7 +38,9 @@ class Transformer(nn.Module):
         options = {"dropout": c.dropout_rate, "batch_first": True, "layer_norm_eps": 1e-6}
         encoder = nn.TransformerEncoderLayer(**sizes, **options)
         decoder = nn.TransformerDecoderLayer(**sizes, **options)
-        self.encoder = nn.TransformerEncoder(encoder, c.num_encoder_layers)
+        self.encoder = nn.TransformerEncoder(
+            encoder, c.num_encoder_layers, enable_nested_tensor=False
+        )
         self.decoder = nn.TransformerDecoder(decoder, c.num_decoder_layers)
         self.target_table = nn.Embedding(c.vocab_size, c.d_model)
         self.source_table = self.target_table
@@ -55,12 +60,19 @@ class Transformer(nn.Module):
         self.register_buffer("mask", mask)
 
     def embed(self, table: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-        return self.dropout(table(ids) * self.scale + self.positions)
+        return self.dropout(table(ids) * self.scale + self.positions[: ids.shape[1]])
 
-    def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        memory = self.encoder(self.embed(self.source_table, source))
+    def forward(
+        self, source: torch.Tensor, target: torch.Tensor, padded: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits; `padded` [B, S] says which sources' tokens are padding. Targets need no such
+        mask: their padding comes last, where no token of theirs looks."""
+        memory = self.encoder(self.embed(self.source_table, source), src_key_padding_mask=padded)
         x = self.embed(self.target_table, target)
-        y = self.decoder(x, memory, tgt_mask=self.mask, tgt_is_causal=True)
+        mask = self.mask[: target.shape[1], : target.shape[1]]
+        y = self.decoder(
+            x, memory, tgt_mask=mask, tgt_is_causal=True, memory_key_padding_mask=padded
+        )
         return y @ self.target_table.weight.T
 
     def load(self, path: Path) -> None:
@@ -101,33 +113,75 @@ def _layer_state(
     return state
 
 
-def _training(work: Training, weights: Path, compiled: bool) -> Contender:
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Source, target, and where the source is padding."""
+
+
+def _batches(work: Training | Stream) -> Iterator[Batch]:
+    """What is trained on; of a `Stream` the first holds just what is checked."""
+    if isinstance(work, Stream):
+        made = examples(work)
+        yield _padded(made[:CHECKED])
+        while True:
+            yield from map(_padded, _buckets(made, work.rows * work.source))
+    source, target = (torch.tensor(x) for x in tokens(work))
+    yield from itertools.repeat((source, target, None))
+
+
+def _buckets(made: list[dict[str, Any]], slots: int) -> list[list[dict[str, Any]]]:
+    """Batches of examples of nearly one length, each of at most `slots` with its padding, shuffled:
+    the usual way to have little padding."""
+    batches: list[list[dict[str, Any]]] = [[]]
+    for example in sorted(made, key=lambda e: (len(e["source"]), len(e["target"]))):
+        longest = max(len(e[side]) for e in (example, *batches[-1][-1:]) for side in e)
+        if (len(batches[-1]) + 1) * longest > slots:
+            batches.append([])
+        batches[-1].append(example)
+    order = np.random.default_rng(0).permutation(len(batches))
+    return [batches[i] for i in order]
+
+
+def _padded(batch: list[dict[str, Any]]) -> Batch:
+    source, target = (
+        nn.utils.rnn.pad_sequence([torch.tensor(e[side]).long() for e in batch], batch_first=True)
+        for side in ("source", "target")
+    )
+    return source, target, source == 0
+
+
+def _training(work: Training | Stream, weights: Path, compiled: bool) -> Contender:
     torch.manual_seed(0)
-    model = Transformer(work.config, work.length)
+    batches, length = _batches(work), work.length if isinstance(work, Training) else work.source
+    model = Transformer(work.config, length)
     model.load(weights)
     adam = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-9, fused=True)
-    source, target = (torch.tensor(x) for x in tokens(work))
-    target_input = functional.pad(target[:, :-1], (1, 0), value=BOS)
     bfloat16 = work.config.compute_dtype == "bfloat16"
-    forward = torch.compile(model) if compiled else model
+    forward = torch.compile(model, dynamic=isinstance(work, Stream)) if compiled else model
+    first = next(batches)
 
-    def loss_of(forward: nn.Module) -> torch.Tensor:
+    def loss_of(forward: nn.Module, batch: Batch) -> torch.Tensor:
+        source, target, padded = batch
+        target_input = functional.pad(target[:, :-1], (1, 0), value=BOS)
         precision = torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext()
         with precision:
-            logits = forward(source, target_input)
+            logits = forward(source, target_input, padded)
         logits = logits.float().flatten(0, 1)
-        return functional.cross_entropy(logits, target.flatten(), label_smoothing=0.1)
+        return functional.cross_entropy(
+            logits, target.flatten(), label_smoothing=0.1, ignore_index=0
+        )
 
-    def run() -> None:
+    def run() -> int:
+        batch = next(batches)
         adam.zero_grad(set_to_none=True)
-        loss_of(forward).backward()
+        loss_of(forward, batch).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
+        return sum(int(side.count_nonzero()) for side in batch[:2])
 
     def check() -> np.ndarray:
         model.eval()
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            loss = loss_of(model).numpy()
+            loss = loss_of(model, first).numpy()
         model.train()
         return loss
 

@@ -24,7 +24,7 @@ def build(name: str, work: Decoding, weights: Path) -> Contender:
     ones = torch.ones_like(source)
     generation = GenerationConfig(
         num_beams=work.beam, do_sample=False,
-        min_new_tokens=work.target, max_new_tokens=work.target,
+        min_new_tokens=1 if work.stopping else work.target, max_new_tokens=work.target,
         decoder_start_token_id=BOS, eos_token_id=EOS, pad_token_id=0,
     )  # fmt: skip
 

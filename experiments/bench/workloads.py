@@ -39,6 +39,37 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stream:
+    """Optimizer steps over examples of real lengths, the input pipeline with them.
+
+    Everyone has the same examples, whose lengths are those of CMUdict's words and pronunciations,
+    and makes batches of about rows × source slots of them in its own way. What is timed is 1,000
+    real tokens, of source and target together.
+    """
+
+    id: str
+    config: TransformerConfig
+    rows: int
+    source: int
+    target: int
+    peers: Goals
+    examples: int = 20_000
+
+    @property
+    def dtype(self) -> str:
+        return self.config.compute_dtype
+
+    @property
+    def what(self) -> str:
+        c = self.config
+        return (
+            f"1,000 real tokens in training steps, d {c.d_model}, {c.num_encoder_layers}+"
+            f"{c.num_decoder_layers} layers, vocabulary {c.vocab_size:,}, CMUdict's lengths, about "
+            f"{self.rows}×{self.source} slots, {c.compute_dtype}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Attention:
     """softmax(QKᵀ/√d_k)V of 32 rows and 8 heads of 64 features, in f32."""
 
@@ -59,7 +90,8 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Sources of random tokens decoded to `target` tokens each, none ending before."""
+    """Sources of random tokens decoded to `target` tokens each, none ending before; or `stopping`
+    where a hypothesis's end symbol comes, at a length of its source's own."""
 
     id: str
     config: TransformerConfig
@@ -68,10 +100,13 @@ class Decoding:
     peers: Goals
     source: int = 32
     target: int = 64
+    stopping: bool = False
+    int8: bool = False
+    """The matrices in 8 bits, and the rows that they are multiplied by, each as it comes."""
 
     @property
     def dtype(self) -> str:
-        return self.config.compute_dtype
+        return "int8" if self.int8 else self.config.compute_dtype
 
     @property
     def what(self) -> str:
@@ -79,11 +114,11 @@ class Decoding:
         return (
             f"{search} decoding, d {c.d_model}, {c.num_encoder_layers}+{c.num_decoder_layers} "
             f"layers, vocabulary {c.vocab_size:,}, {self.rows} sources of {self.source} tokens to "
-            f"{self.target}, {c.compute_dtype}"
+            f"{'at most ' if self.stopping else ''}{self.target}, {self.dtype}"
         )
 
 
-Workload = Training | Attention | Decoding
+Workload = Training | Stream | Attention | Decoding
 
 
 def _torch(goal: float) -> Goals:
@@ -100,6 +135,7 @@ WORKLOADS: dict[str, Workload] = {
     for work in (
         Training("T1", _BASE, 32, 48, _torch(2.2)),
         Training("T2", _BASE_16, 32, 48, _torch(1.3)),
+        Stream("T3", _BASE, 32, 48, 43, _torch(2.2)),
         Training("T4-f32", _SMALL, 85, 24, _torch(2.5)),
         Training("T4-bf16", _SMALL_16, 85, 24, _torch(1.5)),
         *(
@@ -110,8 +146,11 @@ WORKLOADS: dict[str, Workload] = {
         Decoding("D1-b1", _BASE, 1, 1, {"ctranslate2": 1.1, "transformers": 5}),
         Decoding("D1-b32", _BASE, 32, 1, {"ctranslate2": 2.0, "transformers": 5}),
         Decoding("D2", _BASE, 32, 4, {"ctranslate2": 2.0, "transformers": 5}),
+        Decoding("D2-stopping", _BASE, 32, 4, {"ctranslate2": 2.0, "transformers": 5},
+                 stopping=True),
+        Decoding("D3", _BASE, 32, 4, {"ctranslate2": 1.3}, int8=True),
     )
-}
+}  # fmt: skip
 
 
 def forward_flops(config: TransformerConfig, source: int, target: int) -> int:

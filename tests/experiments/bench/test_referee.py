@@ -114,6 +114,16 @@ def test_a_worker_warms_up_and_counts_enough_runs(monkeypatch):
     assert result["peak_bytes"] > 1e7
 
 
+def test_a_stream_is_timed_by_its_real_tokens(monkeypatch):
+    monkeypatch.setattr(worker, "STREAM_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "peak_flops", lambda dtype: 1e12)
+    clock = iter(range(100))  # every look at the clock is a second later
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: next(clock))
+    contender = Contender(lambda: 500, lambda: np.zeros(1))
+    result = worker.measure(PEER, WORKLOADS["T3"], contender)
+    assert result["seconds"] == 2.0  # 3 seconds for 1,500 tokens
+
+
 def test_the_picture_names_every_row():
     pairs = [{"ours": side(1.0), "peer": side(0.5), "disagreement": 0.0}]
     svg = bars([record(WORKLOADS[f"A1-64-{n}"], PEER, pairs) for n in ("forward", "both")])
