@@ -15,6 +15,7 @@ EXPERIMENTS = {
     "pronounce": "Train a Transformer to pronounce words, and report on it (the default).",
     "claims": "Measure eleven claims about the Transformer; a ledger with verdicts and figures.",
     "bench": "Time this library beside the peers that are installed; ratios and a picture.",
+    "cost": "Measure what a token costs by width, depth, length and batch; a law and a picture.",
     "predict": "Pronounce the words on standard input with a trained model, a line each.",
 }
 
@@ -72,6 +73,15 @@ def bench(arguments: list[str]) -> None:
     from experiments.bench.referee import BenchConfig, run
 
     run(tyro.cli(BenchConfig, args=arguments, prog="python -m experiments.run bench"))
+
+
+def cost(arguments: list[str]) -> None:
+    """Parses the flags, and measures the scaling law of cost."""
+    import tyro
+
+    from experiments.bench.cost import CostConfig, run
+
+    run(tyro.cli(CostConfig, args=arguments, prog="python -m experiments.run cost"))
 
 
 def use_huge_pages() -> None:

@@ -1,8 +1,11 @@
-"""The benchmark as a picture: a bar for each ratio, from its least to its largest."""
+"""The benchmark as a picture: ratios as bars from their least to their largest; laws as lines."""
 
 from typing import Any
 
-from experiments.claims.drawing import label, panels
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.claims.drawing import label, legend, panels
 from experiments.figures import INK, LINES, MUTED, inline
 
 
@@ -23,6 +26,38 @@ def bars(records: list[dict[str, Any]]) -> str:
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.1, y=0.02)
     label(axes, "peer's seconds / tfm's (dashed: equal; thick mark: the goal; line: range)", "")
-    drawn = inline(figure, "bench", "Ratios of the peers' seconds to this library's.")
+    return _alone(figure, "bench", "Ratios of the peers' seconds to this library's.")
+
+
+def laws(curves: dict[str, dict[str, list[float]]]) -> str:
+    """One SVG: seconds and bytes of a token against each factor, measured (points) and by the law
+    (lines), each relative to its least.
+
+    curves: factor -> {"values", "seconds", "seconds_law", "bytes", "bytes_law"}.
+    """
+    figure, axes = panels(*(f"More {factor}" for factor in curves))
+    figure.set_size_inches(2.9 * len(curves), 2.9)
+    for plot, (factor, curve) in zip(axes, curves.items(), strict=True):
+        for (key, name), colour in zip(
+            (("seconds", "time"), ("bytes", "memory")), LINES, strict=False
+        ):
+            least = min(curve[key])
+            points, line = (np.array(curve[k]) / least for k in (key, f"{key}_law"))
+            plot.plot(curve["values"], line, color=colour, lw=1.6, label=f"{name}, law")
+            plot.plot(curve["values"], points, "o", color=colour, ms=4.5)
+        plot.set_xscale("log", base=2)
+        plot.set_yscale("log", base=2)
+        plot.set_xticks(curve["values"], [f"{v}" for v in curve["values"]])
+        plot.yaxis.set_major_formatter("{x:g}")
+        plot.minorticks_off()
+        label(plot, factor, "")
+    label(axes[0], next(iter(curves)), "a real token's cost, relative")
+    legend(axes[0])
+    return _alone(figure, "cost", "Cost of a token against width, depth, length and batch.")
+
+
+def _alone(figure: Figure, name: str, description: str) -> str:
+    """The figure as an SVG file of its own."""
+    drawn = inline(figure, name, description)
     alone = '<svg xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" '
     return drawn.replace("<svg ", alone, 1)

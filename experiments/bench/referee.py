@@ -1,7 +1,6 @@
 """The referee: ours and a peer in turn, in fresh processes; ratios, a table and a picture."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import statistics
@@ -17,9 +16,10 @@ from rich.table import Table
 
 from experiments.bench.contenders import OURS, installed, version
 from experiments.bench.drawing import bars
+from experiments.bench.kept import Kept
 from experiments.bench.workloads import WORKLOADS, Training, Workload, training_flops
 from experiments.errors import UserError
-from experiments.run_folder import RunFolder, named, plain, write_json, write_text
+from experiments.run_folder import RunFolder, plain, write_json, write_text
 
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 2e-2}
 """How far a peer's loss or outputs may be from ours, by dtype, before it is no peer."""
@@ -129,40 +129,12 @@ def _short(peer: str) -> str:
     return peer.split(" (")[0]
 
 
-def code_of() -> str:
-    """SHA-256 of the code that is timed: a pair of older code is not one of these."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted([*here.glob("*.py"), *(here.parent.parent / "tfm").glob("*.py")]):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-class _Pairs:
-    """`pairs.jsonl`: every pair that was ever timed in the folder, a line each."""
-
-    def __init__(self, file: Path) -> None:
-        self._file, self._code = file, code_of()
-
-    def of(self, work: Workload, peer: str) -> list[dict[str, Any]]:
-        """Those of this code and this version of the peer."""
-        now = {"id": work.id, "peer_version": version(peer), "code": self._code}
-        with named(self._file):
-            lines = self._file.read_bytes().split(b"\n")[:-1] if self._file.exists() else []
-        found = [json.loads(line) for line in lines]
-        return [pair for pair in found if now.items() <= pair.items()]
-
-    def add(self, work: Workload, peer: str, pair: dict[str, Any]) -> None:
-        key = {"id": work.id, "peer_version": version(peer), "code": self._code}
-        with named(self._file), self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(key | pair) + "\n")
-
-
 def _time_pairs(
-    work: Workload, peer: str, pairs: _Pairs, wanted: int, console: Console
+    work: Workload, peer: str, kept: Kept, wanted: int, console: Console
 ) -> list[dict[str, Any]]:
     """The pairs of one row, those that are missing timed now."""
-    done = pairs.of(work, peer)[:wanted]
+    key = {"id": work.id, "peer_version": version(peer)}
+    done = kept.of(key)[:wanted]
     if len(done) == wanted:
         return done
     with tempfile.TemporaryDirectory() as name:
@@ -180,7 +152,7 @@ def _time_pairs(
                 result = json.loads(_call(work, contender, weights).splitlines()[-1])
                 sides[side] = {key: result[key] for key in _KEPT if key in result}
             pair = sides | {"disagreement": apart}
-            pairs.add(work, peer, pair)
+            kept.add(key, pair)
             done.append(pair)
             ours, theirs = (sides[side]["seconds"] for side in ("ours", "peer"))
             console.print(
@@ -195,7 +167,7 @@ def run(config: BenchConfig) -> None:
     chosen, console = config.chosen(), Console(stderr=True, highlight=False)
     folder = RunFolder(config.run)
     with folder.claim(plain(config), {"run", "only", "pairs"}):
-        pairs, records = _Pairs(config.run / "pairs.jsonl"), []
+        kept, records = Kept(config.run / "pairs.jsonl"), []
         rows = [(work, peer) for work in chosen for peer in work.peers]
         missing = sorted({peer for _, peer in rows if not installed(peer)})
         if missing:
@@ -204,7 +176,7 @@ def run(config: BenchConfig) -> None:
             if peer in missing:
                 continue
             try:
-                done = _time_pairs(work, peer, pairs, config.pairs, console)
+                done = _time_pairs(work, peer, kept, config.pairs, console)
             except BenchError as error:
                 console.print(f"left out: {error}")
                 continue

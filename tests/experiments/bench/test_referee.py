@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.bench import referee, worker
+from experiments.bench import kept, referee, worker
 from experiments.bench.contenders import OURS, Contender
 from experiments.bench.drawing import bars
 from experiments.bench.referee import BenchConfig, BenchError, disagreement, record, run
@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_with_the_next_pair(tmp_path, monkeypatch, ca
     said = capsys.readouterr()
     assert "not installed, left out: flax nnx, jax.nn, torch SDPA" in said.err
     assert "pair 3/3: 1 s and 2 s, ratio 2.00" in said.err and "A1-64-forward" in said.out
-    monkeypatch.setattr(referee, "code_of", lambda: "other code")
+    monkeypatch.setattr(kept, "code_of", lambda: "other code")
     run(config)
     assert len(workers.calls) == count + 8  # nothing of the old code counts
 

@@ -1,0 +1,36 @@
+"""What was measured, a line each: a run that was cut off goes on with what is missing."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.run_folder import named
+
+
+def code_of() -> str:
+    """SHA-256 of the code that is timed: what older code took is no measurement of this one."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted([*here.glob("*.py"), *(here.parent.parent / "tfm").glob("*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+class Kept:
+    """A file of JSON lines: all that was ever measured in a folder, by key and by code."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._code = file, code_of()
+
+    def of(self, key: dict[str, Any]) -> list[dict[str, Any]]:
+        """What this code measured under that key."""
+        now = key | {"code": self._code}
+        with named(self._file):
+            lines = self._file.read_bytes().split(b"\n")[:-1] if self._file.exists() else []
+        found = [json.loads(line) for line in lines]
+        return [line for line in found if now.items() <= line.items()]
+
+    def add(self, key: dict[str, Any], measured: dict[str, Any]) -> None:
+        with named(self._file), self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(key | {"code": self._code} | measured) + "\n")
