@@ -24,6 +24,9 @@ class PredictConfig:
     """Beam width. None: that of the run, or nbest where that is larger."""
     nbest: int | None = None
     """Write the N best, a line each: word, score and pronunciation, separated by tabs."""
+    int8: bool = False
+    """Multiply by matrices in 8 bits (`tfm.quantize`): on many processors faster; a few answers
+    differ."""
 
     def __post_init__(self) -> None:
         for name in ("beam", "nbest"):
@@ -87,7 +90,7 @@ def predict(
 
 def run(config: PredictConfig) -> None:
     """Standard input to standard output."""
-    pronouncer = load(config.run)
+    pronouncer = load(config.run, config.int8)
     at_once = 1 if sys.stdin.isatty() else LINES_AT_ONCE  # a person waits for each answer
     output = sys.stdout.buffer  # UTF-8 whatever the locale: the input is UTF-8 too
     for line in predict(pronouncer, lines_of(sys.stdin.buffer), config, at_once):

@@ -19,6 +19,7 @@ from tfm.checkpoint import Checkpoints
 from tfm.config import TransformerConfig
 from tfm.decoding import Decoded, beam_search, start_decoding
 from tfm.model import Transformer
+from tfm.quantization import quantize
 from tfm.training import init_params
 
 SHOWN = 60  # characters of a word in a message
@@ -138,8 +139,9 @@ class Pronouncer:
         return np.asarray(_cross_attention(self.model, self.params, *rows))[:, 0]
 
 
-def load(run: str | Path) -> Pronouncer:
-    """The trained model of a run folder, config and vocabularies as its checkpoint has them.
+def load(run: str | Path, int8: bool = False) -> Pronouncer:
+    """The trained model of a run folder, config and vocabularies as its checkpoint has them; with
+    `int8` its matrices in 8 bits.
 
     A damaged checkpoint is named on standard error, and the one before it taken.
 
@@ -161,6 +163,7 @@ def load(run: str | Path) -> Pronouncer:
         model = Transformer(TransformerConfig(**config["model"]))
         like = jax.eval_shape(lambda: init_params(model, jax.random.PRNGKey(0)))
         params = checkpoints.restore_params(step, like)
+    params = quantize(params) if int8 else params
     return Pronouncer(
         model=model,
         params=params,

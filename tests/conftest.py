@@ -7,6 +7,8 @@ import pytest
 
 # Two devices on every CPU, so that what is shared out over devices is tested on any machine.
 jax.config.update("jax_num_cpu_devices", 2)
+# A test compiles what it tests, whatever cache the user has chosen.
+jax.config.update("jax_enable_compilation_cache", False)
 
 # Tests import `references` and `checks`, which stand beside this file.
 sys.path.append(str(Path(__file__).parent))

@@ -19,6 +19,7 @@ from experiments.vocabulary import BOS, Vocabulary
 from tfm.checkpoint import Checkpoints
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
+from tfm.quantization import Quantized
 from tfm.training import TrainState, init_state, make_optimizer
 
 LETTERS, PHONES = Vocabulary(tuple("abcdé")), Vocabulary(("AA", "B", "K", "D"))
@@ -198,6 +199,11 @@ def test_a_saved_model_loads_and_says_the_same(run, said):
     assert [p.phones for p in loaded(words)] == [p.phones for p in said(words)]
     fields = {f.name for f in dataclasses.fields(said)} - {"params"}
     assert {f: getattr(loaded, f) for f in fields} == {f: getattr(said, f) for f in fields}
+
+    small = load(run, int8=True)
+    assert isinstance(small.params["encoder_0"]["feed_forward"]["w1"], Quantized)
+    for one, other in zip(small(words), said(words), strict=True):
+        assert one.score == pytest.approx(other.score, rel=0.1) and one.score != other.score
 
 
 def test_a_missing_folder_is_named_and_not_made(tmp_path):
