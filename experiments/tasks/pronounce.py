@@ -45,15 +45,15 @@ class PronounceConfig:
     """Folder of the run: config, metrics, checkpoints, results, report."""
     seed: int = 0
     """Seed of the initialisation, the dropout and the order of the data."""
-    steps: int = 7500
+    steps: int = 5600
     """Updates in all; a larger number extends a finished run (its schedule is then stretched)."""
-    save_every: int = 1000
+    save_every: int = 1400
     """Steps between checkpoints; an interrupted run resumes from the newest."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept; the best by validation is kept apart."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
-    evaluate_every: int = 1250
+    evaluate_every: int = 1400
     """Steps between evaluations on the validation words."""
     most_skipped: int = 5
     """Steps in a row without a finite loss and gradient that end the run; one makes no update."""
