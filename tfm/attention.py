@@ -246,6 +246,7 @@ def multi_head_attention(
     mask: Array | None = None,
     *,
     compute_dtype: DTypeLike | None = None,
+    implementation: Implementation = "auto",
 ) -> Array:
     """MultiHead(Q, K, V) = Concat(head₁, …, head_h) W^O (§3.2.2).
 
@@ -259,13 +260,14 @@ def multi_head_attention(
       num_heads: h; divides D.
       mask: boolean, broadcastable to [..., H, L, K]; True = may attend.
       compute_dtype: see `tfm.precision`.
+      implementation: see `scaled_dot_product_attention`.
 
     Returns:
       [..., L, D]
 
     Raises:
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
-      ValueError: num_heads does not divide D.
+      ValueError: num_heads does not divide D, or as `scaled_dot_product_attention`.
       TypeError: the mask is not boolean.
     """
     assert_fits("query_input", query_input, (..., None, None))
@@ -281,5 +283,7 @@ def multi_head_attention(
     query = split_heads(linear(query_input, w_q, compute_dtype), num_heads)
     key = split_heads(linear(key_value_input, w_k, compute_dtype), num_heads)
     value = split_heads(linear(key_value_input, w_v, compute_dtype), num_heads)
-    heads = scaled_dot_product_attention(query, key, value, mask, compute_dtype=compute_dtype)
+    heads = scaled_dot_product_attention(
+        query, key, value, mask, compute_dtype=compute_dtype, implementation=implementation
+    )
     return linear(merge_heads(heads), w_o, compute_dtype)

@@ -290,10 +290,12 @@ def test_a_gpu_falls_back_where_cudnn_does_not_fit(monkeypatch, query, key, valu
     assert_refuses(forced, *inputs, words=words, error=ValueError)
 
 
-def test_an_unknown_implementation_is_refused():
-    inputs = [jnp.zeros(FITTING)] * 3
+def test_an_unknown_implementation_is_refused(rng):
+    words = {"words": ["flash", "reference"], "error": ValueError}
     unknown = partial(scaled_dot_product_attention, implementation="flash")
-    assert_refuses(unknown, *inputs, words=["flash", "reference"], error=ValueError)
+    assert_refuses(unknown, *[jnp.zeros(FITTING)] * 3, **words)
+    several = partial(multi_head_attention, num_heads=2, implementation="flash")
+    assert_refuses(several, *map(jnp.asarray, multi_head_inputs(rng)), **words)
 
 
 # Heads
