@@ -35,6 +35,7 @@ def test_parameter_counts_are_those_of_the_presets():
 def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     import dataclasses
 
+    from experiments.bench.cost import CostConfig
     from experiments.bench.referee import BenchConfig
     from experiments.claims.ledger import ClaimsConfig
     from experiments.predict import PredictConfig
@@ -42,11 +43,13 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
 
     lines = re.findall(r"python -m experiments\.run(.*)", README)
     assert len(lines) > 4
-    configs = {"predict": PredictConfig, "claims": ClaimsConfig, "bench": BenchConfig}
+    configs = {
+        "predict": PredictConfig, "claims": ClaimsConfig, "bench": BenchConfig, "cost": CostConfig,
+    }  # fmt: skip
     for line in lines:
         config = configs.get(line.split()[0] if line.split() else "", PronounceConfig)
         fields = {field.name.replace("_", "-") for field in dataclasses.fields(config)}
-        for flag in re.findall(r"(?<= )--([a-z-]+)", line):
+        for flag in re.findall(r"(?<= )--([a-z0-9-]+)", line):
             assert flag in fields | {"help"}, f"--{flag}"
 
 
