@@ -25,8 +25,8 @@ class PredictConfig:
     nbest: int | None = None
     """Write the N best, a line each: word, score and pronunciation, separated by tabs."""
     int8: bool = False
-    """Multiply by matrices in 8 bits (`tfm.quantize`): on many processors faster; a few answers
-    differ."""
+    """Multiply by matrices in 8 bits (`tfm.quantize`): faster where the processor has such
+    products; a few answers differ."""
 
     def __post_init__(self) -> None:
         for name in ("beam", "nbest"):

@@ -17,7 +17,7 @@ from scipy.optimize import nnls
 
 from experiments.bench.drawing import laws
 from experiments.bench.kept import Kept
-from experiments.bench.workloads import forward_flops
+from experiments.bench.workloads import attention_flops, forward_flops
 from experiments.run_folder import RunFolder, plain, write_json, write_text
 from tfm import Transformer, TransformerConfig, init_state, make_optimizer, make_train_step
 
@@ -72,6 +72,11 @@ class Point:
         """Real tokens of a step, of source and target together; there is no padding."""
         return 2 * self.rows * self.length
 
+    @property
+    def features(self) -> int:
+        """Between the sub-layers: 2 of each layer of the encoder, 3 of the decoder."""
+        return 5 * self.depth * self.width
+
 
 CHECK = Point(width=256, depth=3, length=96, rows=8)
 """Not fitted: what the law says of it shows whether it is one."""
@@ -90,13 +95,13 @@ def points() -> list[Point]:
 def time_terms(point: Point) -> dict[str, float]:
     """What the seconds a token are a sum of, each with a price of its own."""
     c, length, tokens = point.config, point.length, point.tokens
-    layers = c.num_encoder_layers + 2 * c.num_decoder_layers  # attentions
-    attention = 3 * point.rows * 4 * layers * length**2 * c.d_model / tokens
-    every = 3 * point.rows * forward_flops(c, length, length) / tokens
+    each = 3 * point.rows / tokens  # the backward pass has two products for each of the forward
+    attention = each * attention_flops(c, length, length)
+    every = each * forward_flops(c, length, length)
     return {
         "FLOPs of products with parameters": every - attention,
         "FLOPs of attention": attention,
-        "features between sub-layers": c.d_model * (2 * point.depth + 3 * point.depth),
+        "features between sub-layers": point.features,
         "parameters, of a step": c.parameter_count() / tokens,
         "a step": 1 / tokens,
     }
@@ -107,7 +112,7 @@ def memory_terms(point: Point) -> dict[str, float]:
     c = point.config
     return {
         "parameters, of a step": c.parameter_count() / point.tokens,
-        "features between sub-layers": c.d_model * (2 * point.depth + 3 * point.depth),
+        "features between sub-layers": point.features,
         "attention weights": 3 * point.depth * c.num_heads * point.length / 2,
         "logits": c.vocab_size / 2,
     }

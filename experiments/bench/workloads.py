@@ -156,17 +156,24 @@ WORKLOADS: dict[str, Workload] = {
 def forward_flops(config: TransformerConfig, source: int, target: int) -> int:
     """Floating-point operations of the matrix products of one forward pass over one row.
 
-    2·I·O a token for a product by an [I, O] matrix; 4·L·K·D for QKᵀ and the weighted sum of V.
+    2·I·O a token for a product by an [I, O] matrix; and those of attention.
     """
     d, f = config.d_model, config.d_ff
-    encoder = source * 2 * (4 * d * d + 2 * d * f) + 4 * source * source * d
+    encoder = source * 2 * (4 * d * d + 2 * d * f)
     decoder = (
         target * 2 * (6 * d * d + 2 * d * f)  # Q and O of the cross-attention among them
         + source * 2 * (2 * d * d)  # its K and V
-        + 4 * (target + source) * target * d
     )
+    layers = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder
     logits = target * 2 * d * config.vocab_size
-    return config.num_encoder_layers * encoder + config.num_decoder_layers * decoder + logits
+    return layers + attention_flops(config, source, target) + logits
+
+
+def attention_flops(config: TransformerConfig, source: int, target: int) -> int:
+    """Those of QKᵀ and of the weighted sum of V, 4·L·K·D an attention, of one row forward."""
+    pairs = config.num_encoder_layers * source * source
+    pairs += config.num_decoder_layers * (target + source) * target
+    return 4 * pairs * config.d_model
 
 
 def training_flops(work: Training) -> int:

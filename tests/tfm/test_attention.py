@@ -236,8 +236,7 @@ def test_long_sequences_take_chunks_by_themselves_and_little_memory():
 
     logits = 4 * 8 * 8 * 1024**2
     assert temporary_bytes(implementation="reference") > logits
-    assert temporary_bytes(implementation="chunked") < temporary_bytes() + 1024
-    assert temporary_bytes() < logits / 4
+    assert temporary_bytes() <= temporary_bytes(implementation="chunked") < logits / 4
 
 
 def lowered_for_cuda(monkeypatch, function, *shapes):
@@ -265,8 +264,8 @@ def test_a_gpu_computes_attention_with_cudnn(monkeypatch, leading):
 
     both = jax.grad(total, argnums=(0, 1, 2))
     program = lowered_for_cuda(monkeypatch, both, *[(*leading, 4, 8)] * 3)
-    assert "__cudnn$fmhaScaleBiasSoftmax" in program
-    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in program
+    assert "__cudnn$fmhaScaleBiasSoftmax(" in program
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in program
 
 
 @pytest.mark.parametrize(
