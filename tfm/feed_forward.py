@@ -3,7 +3,7 @@
 from jax import Array, nn
 from jax.typing import DTypeLike
 
-from tfm.precision import linear
+from tfm.precision import linear, over_rows
 from tfm.shapes import assert_fits
 
 
@@ -29,5 +29,7 @@ def feed_forward(
     assert_fits("b1", b1, (w1.shape[1],), w1=w1)
     assert_fits("w2", w2, (w1.shape[1], d_model), w1=w1, x=x)
     assert_fits("b2", b2, (d_model,), w2=w2)
-    hidden = nn.relu(linear(x, w1, compute_dtype) + b1)
-    return linear(hidden, w2, compute_dtype) + b2
+    hidden = linear(x, w1, compute_dtype)
+    hidden = nn.relu(hidden + over_rows(b1, hidden.shape))
+    y = linear(hidden, w2, compute_dtype)
+    return y + over_rows(b2, y.shape)

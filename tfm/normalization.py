@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tfm.precision import working_dtype
+from tfm.precision import over_rows, working_dtype
 from tfm.shapes import assert_fits
 
 
@@ -24,4 +24,5 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float = 1e-6) -> Ar
     x = x.astype(working_dtype(x))
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
+    scale, bias = (over_rows(row, x.shape) for row in (scale, bias))
     return centred * lax.rsqrt(variance + epsilon) * scale + bias
