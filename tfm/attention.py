@@ -1,8 +1,9 @@
 """§3.2 Attention: scaled dot-product attention and its several heads."""
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from tfm.shapes import assert_broadcasts, assert_fits
 Implementation = Literal["auto", "reference", "chunked", "cudnn"]
 """How attention is computed; see `scaled_dot_product_attention`."""
 
-CHUNK = 2**21
-"""Logits that the chunked attention holds at a time: 8 MB in f32, which a CPU's cache takes."""
+CHUNK = 2**20
+"""Logits that the chunked attention holds at a time: 4 MB in f32, which a CPU's cache takes."""
 
 
 @jax.custom_jvp
@@ -29,14 +30,20 @@ def masked_softmax(logits: Array, mask: Array | None = None) -> Array:
 
     logits: [..., K], mask: boolean, broadcastable to it -> [..., K]
     """
+    exponentials, total, _ = _exponentials(logits, mask)
+    return exponentials / total
+
+
+def _exponentials(logits: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+    """exp(z − largest) where allowed, else 0; its sum, or 1 of an empty row; and the largest z."""
     if mask is None:
         mask = jnp.ones((), bool)
     logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     # Subtracting a row's maximum changes nothing but keeps exp from overflowing.
-    exponentials = jnp.exp(logits - logits.max(-1, keepdims=True))
-    exponentials = jnp.where(mask, exponentials, 0)
+    largest = logits.max(-1, keepdims=True)
+    exponentials = jnp.where(mask, jnp.exp(logits - largest), 0)
     total = exponentials.sum(-1, keepdims=True)
-    return exponentials / jnp.where(total > 0, total, 1)
+    return exponentials, jnp.where(total > 0, total, 1), largest
 
 
 # Autodiff would keep the exponentials and their sums too; the weights alone are enough.
@@ -99,7 +106,8 @@ def scaled_dot_product_attention(
       compute_dtype: see `tfm.precision`.
       implementation: the same function, computed in another way:
         reference: the formula as it stands, with all of softmax(QKᵀ/√d_k) in memory.
-        chunked: a few heads at a time, and anew in the backward pass: O(L·K) memory for those only.
+        chunked: a few heads at a time, and anew in the backward pass: O(L·K) memory for those
+          only. Its derivative is there in reverse mode alone.
         cudnn: NVIDIA's fused kernel, for operands that `fits_cudnn`.
         auto: cudnn on a GPU where it fits, chunked on a CPU whose cache the logits overflow, or
           else reference.
@@ -124,7 +132,10 @@ def scaled_dot_product_attention(
             f"multiple of 8 up to 128; not {compute_dtype=} and query, key and value of shape "
             f"{query.shape}, {key.shape} and {value.shape}"
         )
-    ways = {name: partial(way, compute_dtype=compute_dtype) for name, way in _WAYS.items()}
+    ways = {
+        name: lambda *operands, way=way: way(*operands, compute_dtype)
+        for name, way in _WAYS.items()
+    }
     if implementation != "auto":
         return ways[implementation](query, key, value, mask)
     on_platform = {}
@@ -161,26 +172,70 @@ def _reference(
     return matmul(weights, value, compute_dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _chunked(
     query: Array, key: Array, value: Array, mask: Array | None, compute_dtype: DTypeLike | None
 ) -> Array:
     """`_reference` of as many heads at a time as `CHUNK` allows."""
-    *leading, length, _ = query.shape
+    return _chunked_forward(query, key, value, mask, compute_dtype)[0]
+
+
+def _chunked_forward(query, key, value, mask, compute_dtype):
+    def attend(mask, query, key, value):
+        query = query / query.shape[-1] ** 0.5
+        logits = matmul(query, key.T, compute_dtype)
+        exponentials, total, largest = _exponentials(logits, mask)
+        return matmul(exponentials, value, compute_dtype) / total, largest + jnp.log(total)
+
+    out, log_totals = _map_heads(attend, mask, query, key, value)
+    return out, (query, key, value, mask, out, log_totals)
+
+
+def _chunked_backward(compute_dtype, residuals, cotangent):
+    query, key, value, mask, out, log_totals = residuals
+    # Σₖ y dy of the softmax's derivative y ⊙ (dy − Σₖ y dy), from the products with V.
+    weighted = (cotangent * out).sum(-1, keepdims=True)
+
+    # All of [K, L], keys first: XLA for the CPU has fast products for these, but none that would
+    # turn an array of that size.
+    def gradients(mask, query, key, value, cotangent, log_total, weighted):
+        scale = query.shape[-1] ** -0.5
+        query = query * scale
+        logits = matmul(key, query.T, compute_dtype)
+        weights = jnp.where(mask, jnp.exp(logits - log_total.T), 0)
+        grad_weights = matmul(value, cotangent.T, compute_dtype)
+        grad_logits = weights * (grad_weights - weighted.T)
+        return (
+            matmul(key.T, grad_logits, compute_dtype).T * scale,
+            matmul(grad_logits, query, compute_dtype),
+            matmul(weights, cotangent, compute_dtype),
+        )
+
+    turned_mask = None if mask is None else jnp.swapaxes(jnp.atleast_2d(mask), -1, -2)
+    arrays = (query, key, value, cotangent, log_totals, weighted)
+    return (*_map_heads(gradients, turned_mask, *arrays), None)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _map_heads(function: Callable[..., Any], mask: Array | None, *arrays: Array) -> Any:
+    """function(mask, *arrays) of each head's matrices, for the query, the key … [..., H, ·, ·]."""
+    *leading, length, _ = arrays[0].shape
     mask = jnp.ones((1, 1), bool) if mask is None else jnp.atleast_2d(mask)
     masks = mask.reshape(-1, *mask.shape[-2:])
     # Which of the masks each head has: they are not copied to the heads that share one.
     which = np.broadcast_to(np.arange(len(masks)).reshape(mask.shape[:-2]), leading).reshape(-1)
-    most = min(which.size, max(1, CHUNK // (length * key.shape[-2])))
+    most = min(which.size, max(1, CHUNK // (length * arrays[1].shape[-2])))
     size = next(n for n in range(most, 0, -1) if which.size % n == 0)
 
-    @jax.checkpoint
     def one(head):
-        *operands, i = head
-        return _reference(*operands, masks[i], compute_dtype)
+        i, *matrices = head
+        return function(masks[i], *matrices)
 
-    flat = [x.reshape(-1, *x.shape[-2:]) for x in (query, key, value)]
-    out = lax.map(one, (*flat, jnp.asarray(which)), batch_size=size)
-    return out.reshape(*leading, length, value.shape[-1])
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in arrays]
+    out = lax.map(one, (jnp.asarray(which), *flat), batch_size=size)
+    return jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), out)
 
 
 def _cudnn(
