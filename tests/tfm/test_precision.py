@@ -12,7 +12,8 @@ from checks import (
     relative_error,
 )
 
-from tfm.precision import linear, matmul
+from tfm.normalization import layer_norm
+from tfm.precision import linear, matmul, over_rows, turned
 
 BF16 = jnp.bfloat16
 
@@ -117,3 +118,52 @@ def test_bfloat16_products_under_jit_and_vmap(rng):
     a, b, w = (rng.standard_normal(shape) for shape in [(2, 3, 4, 5), (2, 3, 5, 6), (5, 6)])
     assert_transforms_agree(lambda a, b: matmul(a, b, BF16), a, b)
     assert_transforms_agree(lambda a, w: linear(a, w, BF16), a, w, in_axes=(0, None))
+
+
+# The same, in the order that is fast
+
+TALL = (1024, 520)  # rows that come in blocks, and enough of them
+
+
+@pytest.mark.parametrize("shape", [TALL, (1031, 520), (6, 5)])  # the second has no blocks
+@pytest.mark.parametrize("dtype", [jnp.float32, BF16])
+def test_turned_is_the_transpose(rng, shape, dtype):
+    x = jnp.asarray(rng.standard_normal(shape), dtype)
+    assert bool((jax.jit(turned)(x) == x.T).all())
+    assert bool((jax.vmap(turned)(jnp.stack([x, -x])) == jnp.stack([x.T, -x.T])).all())
+
+
+@pytest.mark.parametrize("compute_dtype", [None, BF16])
+def test_the_gradient_of_a_tall_product_is_that_of_the_reference(rng, compute_dtype):
+    x, w, g = (rng.standard_normal(s) for s in [TALL, (520, 24), (1024, 24)])
+
+    def total(x, w):
+        return (linear(x, w, compute_dtype) * jnp.float32(g)).sum()
+
+    lowered = jax.jit(jax.grad(total, argnums=(0, 1))).lower(jnp.float32(x), jnp.float32(w))
+    assert "while" in lowered.as_text()  # its rows are turned in blocks
+    grads = lowered.compile()(jnp.float32(x), jnp.float32(w))
+    round_ = (lambda z: z) if compute_dtype is None else rounded
+    expected = product(round_(g), round_(w).T), product(round_(x).T, round_(g))
+    for grad, right in zip(grads, expected, strict=True):
+        assert relative_error(grad, right) < 1e-6
+
+
+def test_a_repeated_row_gets_the_sum_of_its_gradients_in_both_modes(rng, x64):
+    row, x = rng.standard_normal(5), rng.standard_normal((3, 4, 5))
+
+    def of(row):
+        return jnp.sin(over_rows(row, x.shape) * x)
+
+    reverse = jax.grad(lambda row: of(row).sum())(jnp.asarray(row))
+    assert_close(reverse, (np.cos(row * x) * x).sum((0, 1)), 1e-12)
+    _, forward = jax.jvp(lambda row: of(row).sum(), (row,), (np.ones(5),))
+    assert_close(forward, reverse.sum(), 1e-12)
+
+
+def test_functions_of_rows_have_both_modes_of_derivative(rng, x64):
+    x, scale, bias = rng.standard_normal((3, 4)), *rng.standard_normal((2, 4))
+    for function, arguments in [(layer_norm, (x, scale, bias)), (linear, (x, x.T))]:
+        numbers = tuple(range(len(arguments)))
+        modes = [jac(function, argnums=numbers)(*arguments) for jac in (jax.jacfwd, jax.jacrev)]
+        jax.tree.map(lambda a, b: assert_close(a, b, 1e-12), *modes)

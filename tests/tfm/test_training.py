@@ -211,7 +211,9 @@ def test_a_step_compiles_once_whatever_its_batch_holds():
 def test_every_product_of_a_step_has_the_operands_of_the_config(compute_dtype, operand):
     model = Transformer(replace(CONFIG, compute_dtype=compute_dtype))
     update = make_train_step(model, OPTIMIZER, bos=BOS)
-    assert set(products_in(update, initial_state(), copy_batch(0))) == {(operand, operand, "f32")}
+    batch = copy_batch(0)
+    products = products_in(update, initial_state(), batch, sums_of=batch["target"].size)
+    assert set(products) == {(operand, operand, "f32")}
 
 
 def test_a_start_symbol_outside_the_vocabulary_is_refused():
