@@ -68,6 +68,11 @@ def products_in(function, *arguments, sums_of=None):
     But for those with [8, sums_of] ones that `tfm.precision.over_rows` sums so many rows with.
     """
     text = jax.jit(function).lower(*arguments).as_text()
-    operands = r"\(tensor<(\S*)x(\w+)>, tensor<\S*x(\w+)>\) -> tensor<\S*x(\w+)>"
-    products = re.findall(rf"dot_general.*: {operands}", text)
-    return [tuple(types) for left, *types in products if left != f"8x{sums_of}"]
+    operands = r"\(tensor<(\S*)x(\w+)>, tensor<(\S*)x(\w+)>\) -> tensor<\S*x(\w+)>"
+    return [
+        (left_type, right_type, result)
+        for left, left_type, right, right_type, result in re.findall(
+            rf"dot_general.*: {operands}", text
+        )
+        if f"8x{sums_of}" not in (left, right)
+    ]
