@@ -117,6 +117,8 @@ def _linear_forward(x, w, compute_dtype):
 def _linear_backward(compute_dtype, operands, cotangent):
     x, w = operands
     grad_x = _batched(cotangent, -1, w, -1, compute_dtype)
+    # The barrier: where w is a transpose (of tied embeddings), XLA would swap the operands of this
+    # product to turn its result, and the CPU has no bf16 product of those.
     grad_w = lax.optimization_barrier(_batched(turned(x), -1, cotangent, -2, compute_dtype))
     return grad_x.astype(x.dtype), grad_w.astype(w.dtype)
 

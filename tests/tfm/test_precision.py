@@ -149,6 +149,12 @@ def test_the_gradient_of_a_tall_product_is_that_of_the_reference(rng, compute_dt
         assert relative_error(grad, right) < 1e-6
 
 
+def test_the_gradient_of_a_tall_product_runs_where_the_weight_is_a_transpose(rng):
+    x, table = jnp.float32(rng.standard_normal(TALL)), jnp.float32(rng.standard_normal((24, 520)))
+    gradient = jax.jit(jax.grad(lambda table: linear(x, table.T, BF16).sum()))(table)
+    assert relative_error(gradient, np.broadcast_to(rounded(x).sum(0), table.shape)) < 1e-6
+
+
 def test_a_repeated_row_gets_the_sum_of_its_gradients_in_both_modes(rng, x64):
     row, x = rng.standard_normal(5), rng.standard_normal((3, 4, 5))
 
