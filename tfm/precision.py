@@ -159,4 +159,4 @@ def _over_rows_jvp(shape, primals, tangents):
     first = jnp.zeros((8, math.prod(shape[:-1])), row.dtype).at[0].set(1)
     eight = jnp.pad(tangent[None], [(0, 7), (0, 0)])
     rows = _batched(first, -2, eight, -2, row.dtype)
-    return over_rows(row, shape), rows.reshape(shape)
+    return over_rows(row, shape), rows.reshape(shape).astype(row.dtype)
