@@ -1,0 +1,1 @@
+"""Translation: parallel text, subwords, and trained translators."""
