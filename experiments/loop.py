@@ -31,6 +31,8 @@ class Schedule:
     """Steps in a row without a finite loss and gradient that end the run."""
     keep: int = 2
     """The newest checkpoints that are kept."""
+    patience: int | None = None
+    """Evaluations in a row without a lower validation loss that end the run; None: none do."""
 
     def due(self, step: int) -> set[str]:
         """What is to be done after `step` (counted from 1): of log, evaluate, save.
@@ -41,15 +43,21 @@ class Schedule:
         due = {name for name, every in periods.items() if step == self.steps or step % every == 0}
         return due | {"log"} if step == 1 or "evaluate" in due else due
 
+    def stalls(self, folder: RunFolder) -> bool:
+        """Whether the evaluations that the folder has logged have used up the patience."""
+        if self.patience is None:
+            return False
+        return evaluations_since_the_best(folder.metrics()) >= self.patience
+
 
 class Outcome(NamedTuple):
     """A finished training."""
 
     state: TrainState
     facts: dict[str, Any]
-    """`steps`; `batches` drawn; `train_seconds`, earlier sittings included; `state_sha256` of
-    parameters, moments and the batches' position; `resumed_from`, the step that each sitting but
-    the first began at."""
+    """`steps`; `stopped_early`, whether patience ended it; `batches` drawn; `train_seconds`, with
+    those of earlier sittings included; `state_sha256` of parameters, moments and the batches' position;
+    `resumed_from`, the step that each sitting but the first began at."""
 
 
 @dataclasses.dataclass
@@ -132,7 +140,8 @@ def train(
                 display.say(f"resuming {folder.path} at step {done}")
 
             record = _Record(keeper, guard, meter, log, display, learning_rate, evaluate)
-            while guard.step < schedule.steps:
+            stalled = schedule.stalls(folder)
+            while guard.step < schedule.steps and not stalled:
                 batch = next(batches)
                 state, metrics = train_step(state, batch)
                 guard.add(batch, metrics)
@@ -147,20 +156,31 @@ def train(
                     keeper.save(state, guard, meter)  # at once: evaluating may take long
                 if "log" in due:
                     record.line(state, "evaluate" in due)
-                if "save" in due:
+                    stalled = schedule.stalls(folder)
+                if stalled or "save" in due:
                     keeper.save(state, guard, meter)
                 if stopping:
                     keeper.wait()
                     display.say(f"stopped and saved at step {guard.step}; the same command goes on")
                     sys.exit(128 + stopping)
+            if stalled:
+                told = f"{schedule.patience} evaluations without a lower validation loss"
+                display.say(f"stopped early at step {guard.step}: {told}")
     facts = {
         "steps": guard.step,
+        "stopped_early": guard.step < schedule.steps,
         "batches": guard.drawn,
         "train_seconds": meter.seconds,
         "state_sha256": state_sha256(state, batches.get_state()),
         "resumed_from": resumed_from,
     }
     return Outcome(state, facts)
+
+
+def evaluations_since_the_best(metrics: list[Metrics]) -> int:
+    """How many evaluations there were after that of the lowest validation loss."""
+    losses = [m["valid_loss"] for m in metrics if m.get("valid_loss") is not None]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def validation_line(line: Metrics) -> str:

@@ -76,12 +76,28 @@ def segment_mask(query_segments, key_segments):
     return np.array([[k == q and k != 0 for k in key_segments] for q in query_segments])
 
 
+def relu(x):
+    return max(0.0, x)
+
+
+def swish(x):
+    return x / (1 + math.exp(-x))
+
+
+def gelu(x):
+    return x * (1 + math.erf(x / math.sqrt(2))) / 2
+
+
 @over_leading_axes("(l,d),(d,f),(f),(f,d),(d)->(l,d)")
 def feed_forward(x, w1, b1, w2, b2):
+    return activated_feed_forward(x, w1, b1, w2, b2, relu)
+
+
+def activated_feed_forward(x, w1, b1, w2, b2, activation, drop=float):
     hidden = matrix_product(x, w1)
     for i in range(hidden.shape[0]):
         for j in range(hidden.shape[1]):
-            hidden[i, j] = max(0.0, hidden[i, j] + b1[j])
+            hidden[i, j] = drop(activation(hidden[i, j] + b1[j]))
     out = matrix_product(hidden, w2)
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
@@ -99,13 +115,15 @@ def layer_norm(x, scale, bias, epsilon):
     )
 
 
-def sinusoidal_position(position, d_model):
+def sinusoidal_position(position, d_model, layout="interleaved"):
     """The encoding of one position."""
-    encoding = np.zeros(d_model)
-    for k in range(d_model // 2):
-        angle = position / 10000 ** (2 * k / d_model)
-        encoding[2 * k] = math.sin(angle)
-        encoding[2 * k + 1] = math.cos(angle)
+    encoding, half = np.zeros(d_model), d_model // 2
+    for k in range(half):
+        exponent = k / (half - 1) if layout == "tensor2tensor" else 2 * k / d_model
+        angle = position / 10000**exponent
+        sine, cosine = (2 * k, 2 * k + 1) if layout == "interleaved" else (k, half + k)
+        encoding[sine] = math.sin(angle)
+        encoding[cosine] = math.cos(angle)
     return encoding
 
 
@@ -123,10 +141,15 @@ def output_distribution(y, w, b):
 
 @over_leading_axes("(v),(),()->()")
 def label_smoothed_cross_entropy(logits, label, smoothing):
-    """-Σ q log p, with the target distribution q written out."""
+    return smoothed_over(logits, label, smoothing, range(len(logits)))
+
+
+def smoothed_over(logits, label, smoothing, sharing):
+    """-Σ q log p, with the target distribution q written out; `sharing` are who share ε."""
     size = len(logits)
     p = softmax(logits)
-    q = [(1 - smoothing) * (v == label) + smoothing / size for v in range(size)]
+    share = smoothing / len(sharing)
+    q = [(1 - smoothing) * (v == label) + share * (v in sharing) for v in range(size)]
     return -sum(q[v] * math.log(p[v]) for v in range(size))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from tfm.attention import Implementation
+from tfm.positions import SinusoidLayout
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,31 @@ class TransformerConfig:
     """Dropout on each sub-layer's output and on the sum of embedding and position."""
     attention_dropout_rate: float = 0.0
     """Dropout on the attention weights (not in the paper)."""
+    activation: Literal["relu", "swish", "gelu"] = "relu"
+    """Between the two products of the feed-forward networks; relu is the paper's."""
+    activation_dropout_rate: float = 0.0
+    """Dropout after it (not in the paper)."""
     norm_placement: Literal["post", "pre"] = "post"
     """post: LayerNorm(x + Sublayer(x)), the paper's. pre: x + Sublayer(LayerNorm(x))."""
+    final_norm: bool | None = None
+    """A normalisation after the last layer of encoder and of decoder. None: with pre, which needs
+    it, and not with post (`torch.nn.Transformer` has it with both)."""
     layer_norm_epsilon: float = 1e-6
     """ε inside the root of the layer normalisation."""
     projection_bias: bool = False
     """Biases in the four attention projections (not in the paper)."""
     output_bias: bool = False
     """A bias b in softmax(yW + b)."""
+    tied_output: bool = True
+    """W is the target's embedding matrix, transposed. False: a matrix `output` of its own."""
+    scale_embeddings: bool = True
+    """√d_model on the embeddings."""
     positions: Literal["sinusoidal", "learned"] = "sinusoidal"
     """How positions are encoded; learned is the paper's Table 3 row E."""
+    sinusoid_layout: SinusoidLayout = "interleaved"
+    """Order and wave lengths of the sinusoids: see `tfm.sinusoidal_positions`."""
+    first_position: int = 0
+    """The number of a sequence's first position (fairseq: 2)."""
     max_learned_positions: int = 512
     """Rows of each learned position table."""
     initializer: Literal["xavier_uniform", "lecun_normal", "he_normal"] = "xavier_uniform"
@@ -64,7 +80,9 @@ class TransformerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.source_vocab_size is not None and self.source_vocab_size < 1:
             raise ValueError(f"source_vocab_size={self.source_vocab_size} must be at least 1")
-        for name in ("dropout_rate", "attention_dropout_rate"):
+        if self.first_position < 0:
+            raise ValueError(f"first_position={self.first_position} must be at least 0")
+        for name in ("dropout_rate", "attention_dropout_rate", "activation_dropout_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if not 0 < self.layer_norm_epsilon < math.inf:
@@ -78,19 +96,25 @@ class TransformerConfig:
                 f"d_model={self.d_model} is odd: sinusoidal positions need pairs of sin and cos"
             )
 
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether encoder and decoder end in a normalisation."""
+        return self.norm_placement == "pre" if self.final_norm is None else self.final_norm
+
     def parameter_count(self) -> int:
         """The number of parameters, by formula.
 
         Encoder layer: 4D² + (2DF + F + D) + 2·2D. Decoder layer: 8D² + (2DF + F + D) + 3·2D.
-        One V·D matrix where the vocabulary is shared.
+        One V·D matrix where the vocabulary is shared and the output is tied.
         """
         d, f = self.d_model, self.d_ff
         attention = 4 * d * d + (4 * d if self.projection_bias else 0)
         feed_forward, norm = 2 * d * f + f + d, 2 * d
         encoder = self.num_encoder_layers * (attention + feed_forward + 2 * norm)
         decoder = self.num_decoder_layers * (2 * attention + feed_forward + 3 * norm)
-        final_norms = 2 * norm if self.norm_placement == "pre" else 0
-        embeddings = (self.vocab_size + (self.source_vocab_size or 0)) * d
+        final_norms = 2 * norm if self.has_final_norm else 0
+        target = self.vocab_size if self.tied_output else 2 * self.vocab_size
+        embeddings = (target + (self.source_vocab_size or 0)) * d
         positions = 2 * self.max_learned_positions * d if self.positions == "learned" else 0
         bias = self.vocab_size if self.output_bias else 0
         return encoder + decoder + final_norms + embeddings + positions + bias

@@ -9,7 +9,7 @@ vocabulary is a ValueError; an eos outside it is a symbol that never comes.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from tfm.shapes import assert_ids
 
 Cache = Any
 Step = Callable[[Array, Array, Cache], tuple[Array, Cache]]
+Penalty = Literal["paper", "power"]
 
 
 class Decoded(NamedTuple):
@@ -42,14 +43,18 @@ class _Search(NamedTuple):
     cache: Cache
 
 
-def length_penalty(length: Array | float, alpha: float) -> Array:
-    """lp(n) = ((5 + n) / 6)^α (§6.1; Wu et al. 2016, equation 14)."""
-    return ((5.0 + length) / 6.0) ** alpha
+def length_penalty(length: Array | float, alpha: float, form: Penalty = "paper") -> Array:
+    """lp(n) = ((5 + n) / 6)^α (§6.1; Wu et al. 2016, equation 14); of the form power, n^α."""
+    if form not in get_args(Penalty):
+        raise ValueError(f"penalty={form!r} must be one of {get_args(Penalty)}")
+    return (length * 1.0 if form == "power" else (5.0 + length) / 6.0) ** alpha
 
 
-def length_normalized_score(log_prob: Array, length: Array, alpha: float) -> Array:
+def length_normalized_score(
+    log_prob: Array, length: Array, alpha: float, penalty: Penalty = "paper"
+) -> Array:
     """ln P / lp(n): what beam search ranks by, so that none wins by being short."""
-    return log_prob / length_penalty(length, alpha)
+    return log_prob / length_penalty(length, alpha, penalty)
 
 
 def filter_logits(logits: Array, top_k: int | None = None, top_p: float | None = None) -> Array:
@@ -193,13 +198,21 @@ def greedy(step: Step, cache: Cache, *, bos: int, eos: int, max_length: int) -> 
 
 
 def beam_search(
-    step: Step, cache: Cache, *, bos: int, eos: int, max_length: int, alpha: float = 0.6
+    step: Step,
+    cache: Cache,
+    *,
+    bos: int,
+    eos: int,
+    max_length: int,
+    alpha: float = 0.6,
+    penalty: Penalty = "paper",
 ) -> Decoded:
     """Keeps the W best hypotheses by ln P / lp(n), lp(n) = ((5 + n)/6)^α (§6.1; α = 0.6).
 
     W is the cache's second axis. At each position every open hypothesis is extended by every
     symbol, and ended ones stay as they are; the W best of all these go on. So W = 1 is greedy
-    search, and a W as wide as the space of sequences finds the best one.
+    search, and a W as wide as the space of sequences finds the best one. With `penalty="power"`
+    lp(n) = n^α, as fairseq, Marian and CTranslate2 have it; another form is a ValueError.
     """
 
     def advance(state: _Search) -> _Search:
@@ -211,7 +224,7 @@ def beam_search(
         log_probs = jnp.where(state.ended[..., None], stay, log_probs)
         totals = state.log_probs[..., None] + log_probs
         lengths = state.lengths + ~state.ended
-        scores = length_normalized_score(totals, lengths[..., None], alpha)
+        scores = length_normalized_score(totals, lengths[..., None], alpha, penalty)
         batch, width = state.last.shape
         _, best = lax.top_k(scores.reshape(batch, -1), width)
         parent, choice = best // vocabulary, best % vocabulary
@@ -234,7 +247,7 @@ def beam_search(
         state._replace(log_probs=state.log_probs.at[:, 1:].set(-jnp.inf)) if width > 1 else state
     )
     state = _run(advance, state, max_length)
-    scores = length_normalized_score(state.log_probs, state.lengths, alpha)
+    scores = length_normalized_score(state.log_probs, state.lengths, alpha, penalty)
     order = jnp.argsort(-scores, axis=1)
     results = (state.tokens, state.lengths, state.log_probs, scores)
     return Decoded(*(_reorder(x, order) for x in results))

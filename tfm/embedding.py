@@ -33,10 +33,12 @@ def _lookup_backward(residuals, cotangent):
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def embed(ids: Array, table: Array) -> Array:
+def embed(ids: Array, table: Array, *, scale: bool = True) -> Array:
     """E(id) · √d_model (§3.4).
 
     ids: [...] integers in [0, V), table: [V, D] -> [..., D] in f32, or f64 for an f64 table.
+    Without `scale` E(id) alone, which is not the paper's.
+
     Inside jit, which cannot raise, an id outside [0, V) gives NaN. Its derivative by the table is
     there in reverse mode alone, which is the faster for it (see `_lookup_backward`).
 
@@ -48,7 +50,8 @@ def embed(ids: Array, table: Array) -> Array:
     assert_ids("ids", ids, table.shape[0])
     table = jnp.asarray(table)
     table = table.astype(working_dtype(table))
-    return _lookup(table, jnp.asarray(ids)) * table.shape[1] ** 0.5
+    rows = _lookup(table, jnp.asarray(ids))
+    return rows * table.shape[1] ** 0.5 if scale else rows
 
 
 def output_logits(

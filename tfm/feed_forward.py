@@ -1,8 +1,11 @@
 """§3.3 Position-wise feed-forward networks."""
 
+from collections.abc import Callable
+
 from jax import Array, nn
 from jax.typing import DTypeLike
 
+from tfm.dropout import dropout
 from tfm.precision import linear, over_rows
 from tfm.shapes import assert_fits
 
@@ -14,11 +17,18 @@ def feed_forward(
     w2: Array,
     b2: Array,
     *,
+    activation: Callable[[Array], Array] = nn.relu,
+    dropout_key: Array | None = None,
+    dropout_rate: float = 0.0,
     compute_dtype: DTypeLike | None = None,
 ) -> Array:
     """FFN(x) = max(0, x W₁ + b₁) W₂ + b₂, at each position alone (§3.3, equation 2).
 
     x: [..., D], w1: [D, F], b1: [F], w2: [F, D], b2: [D] -> [..., D]
+
+    Args:
+      activation: what stands in the place of max(0, ·).
+      dropout_key, dropout_rate: of a dropout on the hidden features; not in the paper.
 
     Raises:
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
@@ -30,6 +40,8 @@ def feed_forward(
     assert_fits("w2", w2, (w1.shape[1], d_model), w1=w1, x=x)
     assert_fits("b2", b2, (d_model,), w2=w2)
     hidden = linear(x, w1, compute_dtype)
-    hidden = nn.relu(hidden + over_rows(b1, hidden.shape))
+    hidden = activation(hidden + over_rows(b1, hidden.shape))
+    if dropout_key is not None:
+        hidden = dropout(dropout_key, hidden, dropout_rate)
     y = linear(hidden, w2, compute_dtype)
     return y + over_rows(b2, y.shape)

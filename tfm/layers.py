@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,6 +29,8 @@ INITIALIZERS = {
     "lecun_normal": nn.initializers.lecun_normal(),
     "he_normal": nn.initializers.he_normal(),
 }
+
+ACTIVATIONS = {"relu": nn.relu, "swish": nn.silu, "gelu": partial(nn.gelu, approximate=False)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +92,17 @@ class FeedForward(nn.Module):
     functions: Functions = Functions()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
         c = self.config
         zeros = nn.initializers.zeros
         w1 = matrix(self, "w1", (c.d_model, c.d_ff))
         b1 = self.param("b1", zeros, (c.d_ff,))
         w2 = matrix(self, "w2", (c.d_ff, c.d_model))
         b2 = self.param("b2", zeros, (c.d_model,))
-        dtype = jnp.dtype(c.compute_dtype)
-        return self.functions.feed_forward(x, w1, b1, w2, b2, compute_dtype=dtype)
+        return self.functions.feed_forward(
+            x, w1, b1, w2, b2, activation=ACTIVATIONS[c.activation], dropout_key=dropout_key,
+            dropout_rate=c.activation_dropout_rate, compute_dtype=jnp.dtype(c.compute_dtype),
+        )  # fmt: skip
 
 
 class MultiHeadAttention(nn.Module):
@@ -182,9 +187,9 @@ class ResidualSublayers(nn.Module):
         """The feed-forward sub-layer, the last of every layer."""
 
         def sublayer(x):
-            return self.feed_forward(x), None
+            return self.feed_forward(x, site_key(dropout_key, 5)), None
 
-        return self.residual(self.feed_forward_norm, x, sublayer, dropout_key)[0]
+        return self.residual(self.feed_forward_norm, x, sublayer, site_key(dropout_key, 2))[0]
 
 
 class EncoderLayer(ResidualSublayers):
@@ -208,7 +213,7 @@ class EncoderLayer(ResidualSublayers):
             return self.attention.attend(*qkv, mask, site_key(dropout_key, 0), head_mask)
 
         x, weights = self.residual(self.attention_norm, x, attend, site_key(dropout_key, 1))
-        return self.transform(x, site_key(dropout_key, 2)), weights
+        return self.transform(x, dropout_key), weights
 
 
 class DecoderLayer(ResidualSublayers):
@@ -232,7 +237,7 @@ class DecoderLayer(ResidualSublayers):
         x, cross_weights = self.residual(
             self.cross_attention_norm, x, cross_attend, site_key(dropout_key, 1)
         )
-        return self.transform(x, site_key(dropout_key, 2)), extra, cross_weights
+        return self.transform(x, dropout_key), extra, cross_weights
 
     def __call__(
         self,

@@ -14,7 +14,15 @@ from jax import Array
 from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_logits
-from tfm.layers import DecoderLayer, EncoderLayer, Functions, LayerCache, LayerNorm, site_key
+from tfm.layers import (
+    DecoderLayer,
+    EncoderLayer,
+    Functions,
+    LayerCache,
+    LayerNorm,
+    matrix,
+    site_key,
+)
 from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.shapes import assert_broadcasts, assert_fits, assert_ids
 
@@ -77,11 +85,13 @@ class Transformer(nn.Module):
             self.learned = {
                 n: self.param(f"{n}_positions", table, shape) for n in ("source", "target")
             }
+        if not c.tied_output:
+            matrix(self, "output", (c.d_model, c.vocab_size))
         if c.output_bias:
             self.bias = self.param("output_bias", nn.initializers.zeros, (c.vocab_size,))
         self.encoder = [EncoderLayer(c, f) for _ in range(c.num_encoder_layers)]
         self.decoder = [DecoderLayer(c, f) for _ in range(c.num_decoder_layers)]
-        if c.norm_placement == "pre":
+        if c.has_final_norm:
             self.encoder_norm, self.decoder_norm = LayerNorm(c, f), LayerNorm(c, f)
 
     def _embed(
@@ -93,23 +103,26 @@ class Transformer(nn.Module):
             assert_broadcasts(f"{side}_positions", positions, ids.shape)
         table = self.source_table if side == "source" else self.target_table
         assert_ids(side, ids, table.shape[0])
-        x = embed(ids, table)
-        if c.positions == "sinusoidal":
-            where = ids.shape[-1] if positions is None else positions
-            x += self.functions.sinusoidal_positions(where, c.d_model)
-        else:
+        x, length = embed(ids, table, scale=c.scale_embeddings), ids.shape[-1]
+        if c.positions == "learned":
             if positions is None:
-                self._check_length(side, ids.shape[-1])
-                positions = jnp.arange(ids.shape[-1])
-            x += self.learned[side].at[positions].get(mode="fill", wrap_negative_indices=False)
+                self._check_length(side, length)
+                positions = jnp.arange(length)
+            rows = self.learned[side].at[c.first_position + positions]
+            x += rows.get(mode="fill", wrap_negative_indices=False)
+        else:
+            up_to = c.first_position + (length if positions is None else positions)
+            rows = self.functions.sinusoidal_positions(up_to, c.d_model, c.sinusoid_layout)
+            x += rows[c.first_position :] if positions is None else rows
         return x if dropout_key is None else dropout(dropout_key, x, c.dropout_rate)
 
     def _check_length(self, side: str, length: int) -> None:
         """Raises ValueError where the learned positions are too few for `length`."""
         c = self.config
-        if c.positions == "learned" and length > c.max_learned_positions:
+        if c.positions == "learned" and c.first_position + length > c.max_learned_positions:
+            first = f" from {c.first_position} on" if c.first_position else ""
             raise ValueError(
-                f"{side} has {length} positions, more than "
+                f"{side} has {length} positions{first}, more than "
                 f"max_learned_positions={c.max_learned_positions}"
             )
 
@@ -129,8 +142,8 @@ class Transformer(nn.Module):
         """The decoder's output [..., D] -> logits [..., V]."""
         c = self.config
         bias = self.bias if c.output_bias else None
-        quantized = self.get_variable("params", "output")  # of `tfm.quantize`
-        w = self.target_table.T if quantized is None else quantized
+        output = self.get_variable("params", "output")  # not tied, or of `tfm.quantize`
+        w = self.target_table.T if output is None else output
         return output_logits(y, w, bias, compute_dtype=c.compute_dtype)
 
     def encode(
@@ -153,7 +166,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.encoder):
             x, w = layer(x, mask, site_key(dropout_key, 1 + i), heads[i])
             weights.append(w)
-        x = self.encoder_norm(x) if self.config.norm_placement == "pre" else x
+        x = self.encoder_norm(x) if self.config.has_final_norm else x
         return x, jnp.stack(weights)
 
     def decode(
@@ -183,7 +196,7 @@ class Transformer(nn.Module):
             x, w, cw = layer(x, encoded, mask, cross_mask, key, heads[i], cross_heads[i])
             weights.append(w)
             cross_weights.append(cw)
-        x = self.decoder_norm(x) if self.config.norm_placement == "pre" else x
+        x = self.decoder_norm(x) if self.config.has_final_norm else x
         return x, jnp.stack(weights), jnp.stack(cross_weights)
 
     def __call__(
@@ -275,7 +288,7 @@ class Transformer(nn.Module):
         ):
             x, written = layer.step(x, index, layer_cache, mask, layer_memory, memory.mask)
             new.append(written)
-        x = self.decoder_norm(x) if self.config.norm_placement == "pre" else x
+        x = self.decoder_norm(x) if self.config.has_final_norm else x
         # Beyond the cache there is no room: NaN, since its last position has been overwritten.
         logits = jnp.where(index < length, self.logits(x), jnp.nan)
         return logits, Cache(rows, Still(tuple(new)))

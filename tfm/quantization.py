@@ -75,4 +75,5 @@ def quantize(params: Any) -> Any:
             for name, value in tree.items()
         }  # fmt: skip
 
-    return walk(params) | {"output": transposed(params["embedding"])}
+    output = params["output"].T if "output" in params else params["embedding"]
+    return walk(params) | {"output": transposed(output)}

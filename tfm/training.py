@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from tfm.clipping import global_norm
-from tfm.loss import label_smoothed_cross_entropy
+from tfm.loss import SmoothedOver, label_smoothed_cross_entropy
 from tfm.model import Transformer, shift_right
 from tfm.shapes import assert_ids
 
@@ -83,6 +83,7 @@ def summed_loss(
     smoothing: float,
     dropout_key: Array | None = None,
     tokens_at_once: int | None = None,
+    smoothed_over: SmoothedOver = "all",
 ) -> tuple[Array, Array]:
     """The loss summed over the target tokens of a packed batch, and their number.
 
@@ -91,6 +92,7 @@ def summed_loss(
     Args:
       tokens_at_once: of how many tokens the logits are held at a time, [tokens_at_once, V] in the
         place of [R·L, V]; the backward pass then computes them anew. None: of all.
+      smoothed_over: the words that share ε, see `tfm.label_smoothed_cross_entropy`.
 
     Raises:
       ValueError: tokens_at_once below 1.
@@ -111,7 +113,7 @@ def summed_loss(
 
     def losses_of(y: Array, labels: Array) -> Array:
         logits = model.apply(variables, y, method="logits")
-        return label_smoothed_cross_entropy(logits, labels, smoothing)
+        return label_smoothed_cross_entropy(logits, labels, smoothing, smoothed_over)
 
     real = batch["target_segment_ids"] != 0
     if tokens_at_once is None:
@@ -162,6 +164,7 @@ def make_train_step(
     *,
     bos: int,
     smoothing: float = 0.1,
+    smoothed_over: SmoothedOver = "all",
     accumulation: int = 1,
     tokens_at_once: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
@@ -184,7 +187,7 @@ def make_train_step(
 
     def gradient(params: chex.ArrayTree, batch: Batch, key: Array):
         of = jax.value_and_grad(summed_loss, argnums=1, has_aux=True)
-        return of(model, params, batch, bos, smoothing, key, tokens_at_once)
+        return of(model, params, batch, bos, smoothing, key, tokens_at_once, smoothed_over)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)

@@ -523,3 +523,32 @@ def test_every_position_of_the_batches_goes_on_bit_for_bit(cut):
     second.set_state(json.loads(json.dumps(first.get_state())))
     for _ in range(30):
         jax.tree.map(np.testing.assert_array_equal, next(second), next(whole))
+
+
+def falling_till(step):
+    """A validation loss that rises after `step` evaluations at every second step."""
+    calls = []
+
+    def evaluate(params):
+        calls.append(params)
+        return {"valid_loss": 1.0 + abs(len(calls) - step)}
+
+    return evaluate
+
+
+def test_patience_ends_the_run_and_keeps_it_ended(tmp_path, capsys):
+    outcome = run(tmp_path, evaluate=falling_till(2), evaluate_every=2, patience=2)
+    # Evaluated after 2, 4 (the best), 6 and 8 steps.
+    assert outcome.facts["steps"] == 8 and outcome.facts["stopped_early"]
+    assert "stopped early at step 8" in capsys.readouterr().err
+    step = Step()
+    again = run(tmp_path, step, evaluate=falling_till(2), evaluate_every=2, patience=2)
+    assert again.facts["state_sha256"] == outcome.facts["state_sha256"]
+    assert step.calls == 0
+    longer = run(tmp_path, evaluate=falling_till(0), evaluate_every=2, patience=4)
+    assert longer.facts["steps"] == 12
+
+
+def test_without_patience_nothing_ends_early(tmp_path):
+    facts = run(tmp_path, evaluate=falling_till(0), evaluate_every=2).facts
+    assert facts["steps"] == STEPS and not facts["stopped_early"]

@@ -21,7 +21,6 @@ from experiments.tasks.pronounce import (
     Score,
     load_lexicons,
     make_evaluate,
-    make_learning_rate,
     prepare,
     resolve,
     results_of,
@@ -143,7 +142,7 @@ def test_a_word_that_no_row_can_hold_is_counted_and_named(tmp_path, part):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 1000])
 def test_the_cosine_schedule_rises_to_its_peak_and_ends_near_zero(steps):
-    rate = make_learning_rate(PronounceConfig(steps=steps, learning_rate=0.5, warmup_steps=100))
+    rate = PronounceConfig(steps=steps, learning_rate=0.5, warmup_steps=100).make_learning_rate()
     rates = np.array([float(rate(i)) for i in range(steps + 1)])
     assert np.isfinite(rates).all() and (rates >= 0).all()
     assert rates.max() == pytest.approx(0.5) and rates.argmax() == min(100, steps // 2)
@@ -152,7 +151,7 @@ def test_the_cosine_schedule_rises_to_its_peak_and_ends_near_zero(steps):
 
 def test_the_papers_schedule_has_its_peak_at_the_end_of_the_warm_up():
     config = PronounceConfig(schedule="paper", learning_rate=0.02, warmup_steps=50)
-    rate = make_learning_rate(config)
+    rate = config.make_learning_rate()
     rates = [float(rate(i)) for i in range(200)]
     assert np.argmax(rates) == 49  # counted from 0
     assert max(rates) == pytest.approx(0.02)

@@ -15,6 +15,9 @@ DEPARTURES = {
     "separate vocabularies": {"source_vocab_size": 17},
     "learned positions": {"positions": "learned", "max_learned_positions": 13},
     "output bias": {"output_bias": True},
+    "final norms": {"final_norm": True},
+    "pre-LN without final norms": {"norm_placement": "pre", "final_norm": False},
+    "an output matrix of its own": {"tied_output": False},
     "all at once": {
         "norm_placement": "pre",
         "projection_bias": True,

@@ -16,6 +16,9 @@ PAPER = TransformerConfig(
     vocab_size=7, d_model=8, d_ff=12, num_heads=2, num_encoder_layers=1, num_decoder_layers=2
 )
 DEPARTED = TransformerConfig(
+    first_position=1,
+    tied_output=False,
+    activation="swish",
     vocab_size=7,
     source_vocab_size=9,
     d_model=8,
@@ -27,7 +30,7 @@ DEPARTED = TransformerConfig(
     projection_bias=True,
     output_bias=True,
     positions="learned",
-    max_learned_positions=6,
+    max_learned_positions=7,
 )
 SOURCE = jnp.array([[3, 5, 2, 6, 4], [6, 1, 5, 0, 0], [4, 4, 0, 0, 0]])
 
@@ -222,6 +225,11 @@ def test_rows_are_decoded_independently():
     np.testing.assert_array_equal(after.tokens[1], before.tokens[1])
     assert_close(after.scores[1], before.scores[1], 1e-5)
     assert not np.allclose(after.scores[0], before.scores[0], atol=1e-3)
+
+
+def test_the_length_penalty_of_others_is_a_power():
+    assert float(length_penalty(9, 0.5, "power")) == pytest.approx(3)
+    assert_refuses(length_penalty, 9, 0.5, "none", words=["penalty", "'none'"], error=ValueError)
 
 
 def test_the_length_penalty():

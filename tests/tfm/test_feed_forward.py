@@ -13,7 +13,8 @@ from checks import (
     relative_error,
 )
 
-from tfm import feed_forward
+from tfm import dropout, feed_forward
+from tfm.layers import ACTIVATIONS
 
 
 def inputs(rng, leading=(3,), d_model=4, d_ff=6):
@@ -34,6 +35,25 @@ def test_feed_forward_equals_the_reference(rng, tolerance, shape):
     arguments = inputs(rng, **shape)
     expected = references.feed_forward(*arguments)
     assert_close(jax.jit(feed_forward)(*arguments), expected, tolerance)
+
+
+@pytest.mark.parametrize("name", ["relu", "swish", "gelu"])
+def test_other_activations(rng, name):
+    arguments = inputs(rng)
+    expected = references.activated_feed_forward(*arguments, getattr(references, name))
+    actual = feed_forward(*arguments, activation=ACTIVATIONS[name])
+    assert_close(actual, expected, 1e-5)
+
+
+def test_dropout_acts_on_the_hidden_features(rng):
+    x, w1, b1, w2, b2 = inputs(rng, leading=(64,), d_ff=512)
+    key = jax.random.key(0)
+    rate = 0.25
+    hidden = dropout(key, jnp.maximum(jnp.dot(x, w1, precision="highest") + b1, 0), rate)
+    expected = np.asarray(hidden) @ w2 + b2
+    dropped = feed_forward(x, w1, b1, w2, b2, dropout_key=key, dropout_rate=rate)
+    assert_close(dropped, expected, 1e-4)
+    assert not np.allclose(dropped, feed_forward(x, w1, b1, w2, b2), atol=0.1)
 
 
 def test_positions_do_not_see_each_other(rng):

@@ -41,6 +41,17 @@ def test_loss_equals_the_reference(rng, tolerance, size, smoothing):
     assert_close(loss, expected, tolerance)
 
 
+@pytest.mark.parametrize("label", [2, 6])
+def test_the_others_share_the_smoothing(rng, label):
+    logits = rng.standard_normal(7)
+    for over, first in (("others", 0), ("others_but_padding", 1)):
+        sharing = [v for v in range(first, 7) if v != label]
+        expected = references.smoothed_over(logits, label, 0.1, sharing)
+        assert_close(
+            label_smoothed_cross_entropy(logits, jnp.asarray(label), 0.1, over), expected, 1e-6
+        )
+
+
 def test_the_papers_smoothing_is_the_default(rng):
     logits, labels = inputs(rng)
     assert_close(loss_of(logits, labels), loss_of(logits, labels, smoothing=0.1), 0)
@@ -102,6 +113,8 @@ def test_loss_refuses_what_does_not_fit():
     assert_refuses(label_smoothed_cross_entropy, jnp.zeros((2, 5)), labels, words=words)
     words = ["logits", "()"]
     assert_refuses(label_smoothed_cross_entropy, jnp.zeros(()), labels, words=words)
+    words, arguments = ["over", "'nobody'"], (jnp.zeros((3, 5)), labels, 0.1, "nobody")
+    assert_refuses(label_smoothed_cross_entropy, *arguments, words=words, error=ValueError)
     for smoothing in (-0.1, 1.1):
         words = ["smoothing", str(smoothing)]
         arguments = (jnp.zeros((3, 5)), labels, smoothing)

@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -26,6 +27,15 @@ DEPARTED = replace(
     positions="learned",
     max_learned_positions=6,
 )
+VARIED = replace(
+    PAPER,
+    activation="swish",
+    final_norm=True,
+    tied_output=False,
+    scale_embeddings=False,
+    sinusoid_layout="halves",
+    first_position=2,
+)
 SOURCE = jnp.array([[3, 5, 2, 8, 4], [6, 1, 7, 0, 0]])
 TARGET = jnp.array([[1, 9, 4, 2], [1, 5, 0, 0]])
 
@@ -48,6 +58,9 @@ def random_parameters(config, seed=0):
         lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape), jnp.float32),
         parameter_shapes(config),
     )
+
+
+DROPPING = [sys.modules[f"tfm.{name}"] for name in ("feed_forward", "layers", "model")]
 
 
 def identity(x):
@@ -73,16 +86,20 @@ def reference_attention(p, config, x, y, mask, drop):
 
 def reference_embedding(p, config, side, tokens):
     table = p.get("source_embedding", p["embedding"]) if side == "source" else p["embedding"]
-    x = references.embed(tokens, table)
-    for position in range(len(tokens)):
+    x = references.embed(tokens, table) if config.scale_embeddings else table[tokens]
+    for i in range(len(tokens)):
+        position = config.first_position + i
         if config.positions == "learned":
-            x[position] += p[f"{side}_positions"][position]
+            x[i] += p[f"{side}_positions"][position]
         else:
-            x[position] += references.sinusoidal_position(position, config.d_model)
+            layout = config.sinusoid_layout
+            x[i] += references.sinusoidal_position(position, config.d_model, layout)
     return x
 
 
-def reference_transformer(params, config, source, target, drop=identity, drop_weights=identity):
+def reference_transformer(
+    params, config, source, target, drop=identity, drop_weights=identity, drop_hidden=identity
+):
     """Figure 1 for one pair of sequences, in float64, written with `references` only."""
     p = jax.tree.map(np.float64, params)
 
@@ -98,7 +115,9 @@ def reference_transformer(params, config, source, target, drop=identity, drop_we
         return reference_attention(p, config, x, y, mask, drop_weights)
 
     def feed_forward(p, x):
-        return references.feed_forward(x, p["w1"], p["b1"], p["w2"], p["b2"])
+        arrays = p["w1"], p["b1"], p["w2"], p["b2"]
+        activation = getattr(references, config.activation)
+        return references.activated_feed_forward(x, *arrays, activation, drop_hidden)
 
     real_source, real_target = np.int64(source != 0), np.int64(target != 0)
     mask = references.segment_mask(real_source, real_source)
@@ -107,7 +126,7 @@ def reference_transformer(params, config, source, target, drop=identity, drop_we
         layer = p[f"encoder_{i}"]
         x = sublayer(layer, "attention", x, lambda p, x: attention(p, x, x, mask))
         x = sublayer(layer, "feed_forward", x, feed_forward)
-    encoded = norm(p["encoder_norm"], x) if config.norm_placement == "pre" else x
+    encoded = norm(p["encoder_norm"], x) if "encoder_norm" in p else x
 
     causal = references.causal_mask(len(target))
     mask = references.segment_mask(real_target, real_target) & causal
@@ -118,8 +137,9 @@ def reference_transformer(params, config, source, target, drop=identity, drop_we
         x = sublayer(layer, "self_attention", x, lambda p, x: attention(p, x, x, mask))
         x = sublayer(layer, "cross_attention", x, lambda p, x: attention(p, x, encoded, cross_mask))
         x = sublayer(layer, "feed_forward", x, feed_forward)
-    x = norm(p["decoder_norm"], x) if config.norm_placement == "pre" else x
-    return references.matrix_product(x, p["embedding"].T) + p.get("output_bias", 0)
+    x = norm(p["decoder_norm"], x) if "decoder_norm" in p else x
+    w = p["embedding"].T if config.tied_output else p["output"]
+    return references.matrix_product(x, w) + p.get("output_bias", 0)
 
 
 def assert_equals_reference(logits, params, config, **drops):
@@ -129,7 +149,11 @@ def assert_equals_reference(logits, params, config, **drops):
         assert_close(logits[row], expected, 1e-5)
 
 
-@pytest.mark.parametrize("config", [PAPER, DEPARTED], ids=["the paper's", "every departure"])
+@pytest.mark.parametrize(
+    "config",
+    [PAPER, DEPARTED, VARIED, replace(DEPARTED, first_position=1, activation="gelu")],
+    ids=["the paper's", "departures", "others'", "learned from 1 on"],
+)
 def test_the_model_equals_the_reference(config):
     params = random_parameters(config)
     assert_equals_reference(run(config, params)[0], params, config)
@@ -140,12 +164,15 @@ def test_dropout_acts_at_the_papers_places_and_nowhere_else(monkeypatch):
     def multiply(key, x, rate):
         return x * (1 + rate)
 
-    monkeypatch.setattr(tfm.layers, "dropout", multiply)
-    monkeypatch.setattr(tfm.model, "dropout", multiply)
-    config = replace(PAPER, dropout_rate=0.5, attention_dropout_rate=0.25)
+    for module in DROPPING:
+        monkeypatch.setattr(module, "dropout", multiply)
+    config = replace(
+        PAPER, dropout_rate=0.5, attention_dropout_rate=0.25, activation_dropout_rate=0.125
+    )
     params = random_parameters(config)
     logits, _ = run(config, params, dropout_key=jax.random.key(0))
-    drops = {"drop": partial(np.multiply, 1.5), "drop_weights": partial(np.multiply, 1.25)}
+    rates = {"drop": 0.5, "drop_weights": 0.25, "drop_hidden": 0.125}
+    drops = {name: partial(np.multiply, 1 + rate) for name, rate in rates.items()}
     assert_equals_reference(logits, params, config, **drops)
 
 
@@ -156,8 +183,8 @@ def test_every_place_of_dropout_draws_with_its_own_key(monkeypatch):
         keys.append(key)
         return x
 
-    monkeypatch.setattr(tfm.layers, "dropout", record)
-    monkeypatch.setattr(tfm.model, "dropout", record)
+    for module in DROPPING:
+        monkeypatch.setattr(module, "dropout", record)
 
     @jax.jit
     def all_keys(params, key):
@@ -165,9 +192,9 @@ def test_every_place_of_dropout_draws_with_its_own_key(monkeypatch):
         return jnp.stack(keys)
 
     drawn = all_keys(random_parameters(PAPER), jax.random.PRNGKey(0))
-    # Two embeddings; two encoder layers of 2 sub-layers and 1 attention, two decoder layers of
-    # 3 and 2.
-    assert len({tuple(key) for key in drawn.tolist()}) == len(drawn) == 2 + 2 * 3 + 2 * 5
+    # Two embeddings; two encoder layers of 2 sub-layers, 1 attention and 1 activation, two decoder
+    # layers of 3, 2 and 1.
+    assert len({tuple(key) for key in drawn.tolist()}) == len(drawn) == 2 + 2 * 4 + 2 * 6
 
 
 def test_dropout_depends_on_the_key_alone():

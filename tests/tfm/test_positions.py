@@ -31,6 +31,18 @@ def test_a_length_gives_the_table_of_the_paper(tolerance, d_model):
     assert_close(table, reference(range(50), d_model), tolerance)
 
 
+@pytest.mark.parametrize("layout", ["halves", "tensor2tensor"])
+def test_other_layouts(layout):
+    expected = [references.sinusoidal_position(i, 6, layout) for i in range(50)]
+    assert_close(sinusoidal_positions(50, 6, layout), expected, 1e-6)
+    assert_close(sinusoidal_positions(jnp.arange(50), 6, layout), expected, 1e-6)
+
+
+def test_an_unknown_layout_is_refused():
+    words = ["layout", "'spiral'"]
+    assert_refuses(sinusoidal_positions, 3, 4, "spiral", words=words, error=ValueError)
+
+
 def test_position_one_hundred_thousand_is_right_in_a_long_table():
     last = np.asarray(sinusoidal_positions(100_001, 16))[-1]
     np.testing.assert_allclose(last, references.sinusoidal_position(100_000, 16), rtol=0, atol=1e-6)

@@ -1,0 +1,177 @@
+"""What every task's training has: its flags, its validation loss, and the training itself."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import chex
+import jax
+import numpy as np
+
+from experiments.guard import Metrics
+from experiments.keeper import Batches
+from experiments.loop import Schedule, train
+from experiments.packing import packed_rows
+from experiments.run_folder import RunFolder
+from experiments.stopping import StopSignal
+from tfm.config import TransformerConfig
+from tfm.loss import SmoothedOver
+from tfm.model import Transformer
+from tfm.training import (
+    cosine_schedule,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    paper_schedule,
+    skip_nonfinite,
+    summed_loss,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """What a training is, whatever it learns."""
+
+    run: Path = Path("runs/run")
+    """Folder of the run: config, metrics, checkpoints, results, report."""
+    seed: int = 0
+    """Seed of the initialisation, the dropout and the order of the data."""
+    steps: int = 5600
+    """Updates in all; a larger number extends a finished run (its schedule is then stretched)."""
+    save_every: int = 1400
+    """Steps between checkpoints; an interrupted run resumes from the newest."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept; the best by validation is kept apart."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: int = 1400
+    """Steps between evaluations on the validation data."""
+    most_skipped: int = 5
+    """Steps in a row without a finite loss and gradient that end the run; one makes no update."""
+    rows: int = 25
+    """Packed rows in a batch."""
+    source_length: int = 40
+    """Source symbols in a packed row, end symbols included."""
+    target_length: int = 36
+    """Target symbols in a packed row, end symbols included."""
+    accumulation: int = 1
+    """Micro-batches that a batch's rows are cut into, to save memory; divides rows."""
+    model: TransformerConfig = TransformerConfig()
+    """The Transformer. Its vocabulary sizes must be those of the data."""
+    schedule: Literal["cosine", "paper"] = "cosine"
+    """Learning rate after the warm-up: half a cosine to 0, or the paper's inverse square root."""
+    learning_rate: float = 1.5e-3
+    """Peak of the learning rate, at the end of the warm-up (the paper's own is
+    1 / √(d_model · warmup_steps))."""
+    warmup_steps: int = 400
+    """Steps of linear warm-up; the cosine schedule takes at most half of all steps."""
+    clip: float = 1.0
+    """Threshold θ of the global gradient norm."""
+    smoothing: float = 0.1
+    """Label smoothing ε."""
+    smoothed_over: SmoothedOver = "all"
+    """The symbols that share ε: see `tfm.label_smoothed_cross_entropy`."""
+    beam: int = 4
+    """Beam width of the evaluation and of predict."""
+    alpha: float = 0.6
+    """Exponent of the beam's length penalty ((5 + n)/6)^α."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "save_every", "keep_checkpoints", "log_every", "evaluate_every",
+                     "most_skipped", "rows", "source_length", "target_length", "accumulation",
+                     "beam", "warmup_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.rows % self.accumulation:
+            raise ValueError(f"accumulation={self.accumulation} does not divide rows={self.rows}")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha} must be at least 0 and finite")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing={self.smoothing} must be in [0, 1)")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
+        longest = max(self.source_length, self.target_length)
+        if self.model.positions == "learned" and self.model.max_learned_positions < longest:
+            raise ValueError(
+                f"model.max_learned_positions={self.model.max_learned_positions} is less than the "
+                f"packing lengths' {longest}"
+            )
+
+    def make_learning_rate(self) -> Callable:
+        """The schedule that `schedule` names, with its peak at `learning_rate`."""
+        if self.schedule == "paper":
+            d_model, warmup = self.model.d_model, self.warmup_steps
+            papers_peak = (d_model * warmup) ** -0.5
+            return paper_schedule(d_model, warmup, self.learning_rate / papers_peak)
+        warmup = min(self.warmup_steps, self.steps // 2)
+        return cosine_schedule(self.learning_rate, warmup, self.steps)
+
+    def when(self) -> Schedule:
+        """What the loop does at which step."""
+        return Schedule(
+            self.steps, self.log_every, self.evaluate_every, self.save_every, self.most_skipped,
+            self.keep_checkpoints,
+        )  # fmt: skip
+
+
+MAY_DIFFER = {
+    "preset", "run", "steps", "save_every", "log_every", "evaluate_every", "most_skipped",
+    "keep_checkpoints",
+}  # fmt: skip
+"""Fields that may change from one sitting to the next: they change no update, or (steps) extend."""
+
+
+def make_valid_loss(
+    config: TrainingConfig, examples: Sequence[dict[str, Any]], bos: int
+) -> Callable[[chex.ArrayTree], float]:
+    """params -> nats a target symbol on all `examples`, without smoothing and dropout."""
+    model = Transformer(config.model)
+    arrays = packed_rows(examples, config.source_length, config.target_length)
+    missing = -len(arrays["source"]) % config.rows  # rows of padding, so that one shape serves all
+    batches = [
+        {k: np.pad(v, ((0, missing), (0, 0)))[i : i + config.rows] for k, v in arrays.items()}
+        for i in range(0, len(arrays["source"]), config.rows)
+    ]
+    loss = jax.jit(lambda params, batch: summed_loss(model, params, batch, bos, smoothing=0.0))
+
+    def valid_loss(params: chex.ArrayTree) -> float:
+        sums = jax.device_get([loss(params, batch) for batch in batches])
+        return sum(float(s) for s, _ in sums) / sum(int(n) for _, n in sums)
+
+    return valid_loss
+
+
+def fit(
+    config: TrainingConfig,
+    bos: int,
+    batches: Batches,
+    evaluate: Callable[[Any], Metrics],
+    identity: dict[str, Any],
+    folder: RunFolder,
+) -> tuple[chex.ArrayTree, dict[str, Any]]:
+    """Trains (or goes on training); returns the parameters and what there is to say of the run.
+
+    Raises SystemExit after SIGINT or SIGTERM, with everything saved.
+    """
+    model = Transformer(config.model)
+    learning_rate = config.make_learning_rate()
+    optimizer = make_optimizer(learning_rate, config.clip)
+    train_step = make_train_step(
+        model, optimizer, bos=bos, smoothing=config.smoothing, smoothed_over=config.smoothed_over,
+        accumulation=config.accumulation,
+    )  # fmt: skip
+    with StopSignal() as stop:
+        # A raw key: a plain array, like all else in the state.
+        state = init_state(model, optimizer, jax.random.PRNGKey(config.seed))
+        trained, facts = train(
+            jax.jit(skip_nonfinite(train_step), donate_argnums=0), state, batches, folder,
+            config.when(), learning_rate=learning_rate, evaluate=evaluate, identity=identity,
+            stop=stop,
+        )  # fmt: skip
+    parameters = sum(x.size for x in jax.tree.leaves(trained.params))
+    return trained.params, {"parameters": parameters} | facts

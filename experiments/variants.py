@@ -1,0 +1,77 @@
+"""Which Transformer is this? A table of what differs between models that bear the paper's name."""
+
+import dataclasses
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from tfm.variants import VARIANTS, Variant
+
+Name = Literal["paper", "tensor2tensor", "fairseq", "flax-wmt", "annotated", "marian"]
+
+MEANS = {
+    "activation": "FFN(x) = activation(x W₁ + b₁) W₂ + b₂",
+    "attention_dropout_rate": "dropout of softmax(QKᵀ/√d_k)",
+    "activation_dropout_rate": "dropout of activation(x W₁ + b₁)",
+    "norm_placement": "post: LayerNorm(x + Sublayer(x)); pre: x + Sublayer(LayerNorm(x))",
+    "layer_norm_epsilon": "ε of (x − μ)/√(σ² + ε)",
+    "projection_bias": "biases of W^Q, W^K, W^V, W^O",
+    "output_bias": "b of softmax(yW + b)",
+    "source_vocab_size": "a vocabulary and a matrix of the source's own; None: shared",
+    "tied_output": "W is the target's embedding matrix, transposed",
+    "sinusoid_layout": "interleaved: sin, cos, sin, …; halves: sin, …, cos, …; "
+    "tensor2tensor: halves, i/10000^{k/(d_model/2 − 1)}",
+    "first_position": "the number of the first position",
+    "smoothed_over": "all: ε/V each; others: ε/(V−1); others_but_padding: ε/(V−2)",
+    "alpha": "exponent α of the length penalty lp(n)",
+    "penalty": "paper: lp(n) = ((5 + n)/6)^α; power: n^α",
+    "apart": "what these settings cannot say",
+}
+"""What each setting that differs anywhere does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VariantsConfig:
+    """Say what differs between two of the models that bear the paper's name."""
+
+    one: Name = "paper"
+    """The first of the two."""
+    other: Name | None = None
+    """The second. None: all of them, each beside the first."""
+
+
+def settings(variant: Variant) -> dict[str, Any]:
+    """All settings by name, those of the model among the others."""
+    flat = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}
+    model = flat.pop("model")
+    return {f.name: getattr(model, f.name) for f in dataclasses.fields(model)} | flat
+
+
+def differing(variants: list[Variant]) -> dict[str, list[Any]]:
+    """The settings in which they are not all equal: name -> each one's value."""
+    rows = [settings(variant) for variant in variants]
+    values = {name: [row[name] for row in rows] for name in rows[0] if name != "read"}
+    return {name: found for name, found in values.items() if any(v != found[0] for v in found)}
+
+
+def table(names: list[str]) -> Table:
+    """A row a setting that differs, a column a variant, and what the setting does."""
+    made = Table(title="Settings that differ", show_lines=True)
+    made.add_column("setting", style="bold")
+    for name in names:
+        made.add_column(name)
+    made.add_column("what it is", style="dim")
+    for name, values in differing([VARIANTS[n] for n in names]).items():
+        made.add_row(name, *(str(v) if v != "" else "–" for v in values), MEANS[name])
+    return made
+
+
+def run(config: VariantsConfig) -> None:
+    """Prints the table, and where each column was read."""
+    others = [config.other] if config.other else [n for n in VARIANTS if n != config.one]
+    names = [config.one, *others]
+    console = Console()
+    console.print(table(names))
+    for name in names:
+        console.print(f"{name}: {VARIANTS[name].read}", highlight=False)
