@@ -55,9 +55,9 @@ class Outcome(NamedTuple):
 
     state: TrainState
     facts: dict[str, Any]
-    """`steps`; `stopped_early`, whether patience ended it; `batches` drawn; `train_seconds`, with
-    those of earlier sittings included; `state_sha256` of parameters, moments and the batches' position;
-    `resumed_from`, the step that each sitting but the first began at."""
+    """`steps`; `stopped_early`, whether patience ended it; `batches` drawn; `train_seconds` of all
+    sittings; `state_sha256` of parameters, moments and the batches' position; `resumed_from`, the
+    step that each sitting but the first began at."""
 
 
 @dataclasses.dataclass

@@ -27,7 +27,7 @@ from experiments import loop
 from experiments import run as command
 from experiments.metrics import word_error_rate
 from experiments.predict import PredictConfig
-from experiments.tasks import pronounce
+from experiments.tasks import pronounce, training
 from tfm.checkpoint import Checkpoints
 
 SOUNDS = {"a": "AA", "b": "B", "c": "K", "d": "D", "e": "EH"}
@@ -204,7 +204,7 @@ def test_other_words_in_the_same_files_are_refused_and_nothing_is_lost(
 
     original = pronounce.data.read_lexicon
     monkeypatch.setattr(pronounce.data, "read_lexicon", renaming)
-    monkeypatch.setattr(pronounce, "make_train_step", lambda *_, **__: no_training)
+    monkeypatch.setattr(training, "make_train_step", lambda *_, **__: no_training)
     before = content(finished)
     assert call("--run", finished, "--steps", STEPS + 10, *tiny) == 2
     assert content(finished) == before
@@ -288,7 +288,8 @@ def test_every_setting_reaches_the_training(tiny, tmp_path, monkeypatch):
         pass
 
     def record(name):
-        original = getattr(pronounce, name)
+        module = pronounce if name == "packed_batches" else training
+        original = getattr(module, name)
 
         def recorded(*arguments, **named):
             seen[name] = arguments, named
@@ -296,7 +297,7 @@ def test_every_setting_reaches_the_training(tiny, tmp_path, monkeypatch):
                 raise EnoughError
             return original(*arguments, **named)
 
-        monkeypatch.setattr(pronounce, name, recorded)
+        monkeypatch.setattr(module, name, recorded)
 
     for name in ("init_state", "make_optimizer", "make_train_step", "packed_batches", "train"):
         record(name)
