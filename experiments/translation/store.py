@@ -261,7 +261,7 @@ class Plan:
 def plan_rows(store: Store, *, source_length: int, target_length: int, seed: int) -> Plan:
     """Packs all pairs, in an order drawn by the seed, into rows of S source and T target ids.
 
-    It reads where sentences begin, and no text: 6 seconds for each million pairs.
+    It reads where sentences begin, and no text: about a second for each million pairs.
 
     Raises:
       ValueError: a sentence longer than a row; it is never cut.

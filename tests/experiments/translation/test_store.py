@@ -97,12 +97,12 @@ def test_a_store_holds_the_ids_of_all_pairs_that_fit(
         len(expected[3][0]),
         len(expected[0][0]),
     ]
+    assert store.facts["longest"] == [max(len(pair[i]) for pair in expected) for i in range(2)]
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["store"]
 
 
-def test_the_counts_and_the_longest(written, expected):
+def test_the_counts(written, expected):
     store = written[1]
-    assert store.facts["longest"] == [max(len(pair[i]) for pair in expected) for i in range(2)]
     cleaned = store.facts["cleaned"]
     assert cleaned["pairs"] == 420 and cleaned["kept"] == len(expected)
     assert cleaned["too_many_tokens"] == len(set(PAIRS)) - len(expected) > 0

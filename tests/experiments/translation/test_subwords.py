@@ -226,6 +226,13 @@ def test_a_piece_that_only_the_ids_know():
     assert unknown[-2:] == [2, 1] and "⁇" in vocabulary.decode(unknown)
 
 
+def test_pieces_that_the_model_lacks_are_decoded_all_the_same(one):
+    pieces = ("<pad>", "<begin>", "</s>", "<unk>", "▁Ω", "ψ", *one.pieces[4:])
+    vocabulary = renumbered(one, pieces, 1, 2, 3)
+    hund = pieces.index("▁Hund")
+    assert vocabulary.decode([1, 4, 5, hund, 4, 0, 2]) == "Ωψ Hund Ω"
+
+
 @pytest.mark.parametrize("wrong", [{"bos": 400}, {"eos": -1}, {"unk": 400}, {"eos": 0}])
 def test_special_ids_are_checked(one, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
