@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import random
@@ -24,6 +25,7 @@ UNK = 3
 """The id, in a vocabulary of our own, of what no piece stands for; see `train_subwords`."""
 
 MOST_LINES = 1_000_000  # that a vocabulary is trained on: drawn from more, to bound the memory
+MOST_CHARACTERS = 150_000_000  # of those lines; so many take 3 GB for a while
 MOST_CHOSEN = 32_000  # pieces of a vocabulary whose size nobody gives
 COVERAGE = 0.9999  # of the characters of the text are pieces; the rest is spelled in bytes
 _SPACE = "▁"  # U+2581, with which SentencePiece writes a space
@@ -235,7 +237,7 @@ def chosen_size(characters: int) -> int:
 
 
 def _drawn(lines: Iterable[str], seed: int) -> tuple[list[str], int]:
-    """(at most `MOST_LINES` of the lines, each as likely as any other; the characters of all)."""
+    """(some of the lines, each as likely as any other, within the limits; the characters of all)."""
     drawn: list[str] = []
     rng, characters = random.Random(seed), 0
     for i, line in enumerate(lines):
@@ -244,6 +246,10 @@ def _drawn(lines: Iterable[str], seed: int) -> tuple[list[str], int]:
             drawn.append(line)
         elif (place := int(rng.random() * (i + 1))) < MOST_LINES:
             drawn[place] = line
+    if sum(map(len, drawn)) > MOST_CHARACTERS:
+        rng.shuffle(drawn)
+        ends = itertools.accumulate(map(len, drawn))
+        drawn = [line for line, end in zip(drawn, ends, strict=True) if end <= MOST_CHARACTERS]
     return drawn, characters
 
 

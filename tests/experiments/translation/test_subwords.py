@@ -140,6 +140,10 @@ def test_many_lines_are_drawn_by_the_seed(monkeypatch):
     drawn, characters = subwords._drawn(map(str, range(1000)), 0)
     assert len(set(drawn)) == 40 and characters == len("".join(map(str, range(1000))))
     assert max(map(int, drawn)) > 800
+    monkeypatch.setattr(subwords, "MOST_CHARACTERS", 60)
+    drawn, characters = subwords._drawn(map(str, range(1000)), 0)
+    assert 18 < len(set(drawn)) < 25 and sum(map(len, drawn)) <= 60 and characters == 2890
+    assert max(map(int, drawn)) > 800
 
 
 # ---- the size
