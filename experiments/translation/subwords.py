@@ -237,7 +237,7 @@ def chosen_size(characters: int) -> int:
 
 
 def _drawn(lines: Iterable[str], seed: int) -> tuple[list[str], int]:
-    """(some of the lines, each as likely as any other, within the limits; the characters of all)."""
+    """(lines within the limits, each drawn with the same chance; the characters of all lines)."""
     drawn: list[str] = []
     rng, characters = random.Random(seed), 0
     for i, line in enumerate(lines):
