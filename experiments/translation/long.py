@@ -1,0 +1,58 @@
+"""Texts longer than a model was trained for, in parts."""
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from experiments.errors import UserError
+
+# Where a text may be cut, best first; what ends there stays with what it ends.
+SENTENCES = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’»)\]])\s+|(?<=[。！？])(?![”’」』）])\s*")
+CLAUSES = re.compile(r"(?<=[,;:–—])\s+|(?<=[，；：、])")
+WORDS = re.compile(r"\s+")
+
+
+class TooLongError(UserError):
+    """Why a text cannot be translated: more tokens than the model was trained for."""
+
+
+def _packed(pieces: list[str], tokens: list[int], most: int) -> list[str]:
+    """Neighbouring pieces together, as many as `most` tokens hold; an end symbol counts once."""
+    packed, room = [], 0
+    for piece, count in zip(pieces, tokens, strict=True):
+        if packed and count - 1 <= room:
+            packed[-1] += piece
+            room -= count - 1
+        else:
+            packed.append(piece)
+            room = most - count
+    return packed
+
+
+def parts_of(
+    text: str,
+    count: Callable[[list[str]], list[int]],
+    most: int,
+    levels: Sequence[re.Pattern] = (SENTENCES, CLAUSES, WORDS),
+) -> list[str]:
+    """`text` in parts of at most `most` tokens, as `count` counts them; nothing is left out.
+
+    A part is a sentence. One that is too long itself is cut after commas and the like into as few
+    parts as that allows, else between words, else between characters.
+
+    Raises TooLongError: not even one character fits.
+    """
+    if count([text])[0] <= most:
+        return [text.strip()]
+    if levels:
+        level, *rest = levels
+        places = [0, *(place.end() for place in level.finditer(text)), len(text)]
+        pieces = [text[a:b] for a, b in pairwise(places) if text[a:b].strip()]
+        if level is not SENTENCES:
+            pieces = _packed(pieces, count(pieces), most)
+    else:
+        rest, middle = (), len(text) // 2
+        if not middle:
+            raise TooLongError(f"{text!r} alone is more than {most} tokens")
+        pieces = [piece for piece in (text[:middle], text[middle:]) if piece.strip()]
+    return [part for piece in pieces for part in parts_of(piece, count, most, rest)]
