@@ -2,14 +2,20 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import chex
+import jax
+
 from experiments.guard import Guard, Meter
 from experiments.run_folder import RunFolder, RunFolderError, differences
 from tfm.checkpoint import CheckpointError, Checkpoints
-from tfm.training import TrainState
+from tfm.config import TransformerConfig
+from tfm.model import Transformer
+from tfm.training import TrainState, init_params
 
 
 class Batches(Iterator, Protocol):
@@ -50,6 +56,28 @@ def check_newest(folder: RunFolder, steps: int, identity: dict[str, Any]) -> Non
             f"{folder.checkpoints}: its checkpoints are gone, though the run was at step {before}: "
             "put them back, or name another folder with --run"
         )
+
+
+def newest_model(folder: RunFolder) -> tuple[dict[str, Any], Transformer, chex.ArrayTree]:
+    """The newest checkpoint's identity, its model and the parameters.
+
+    A damaged checkpoint is named on standard error, and the one before it taken.
+
+    Raises RunFolderError where nothing is saved; CheckpointError where all of it is damaged.
+    """
+    nothing = RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
+    if not folder.checkpoints.is_dir():
+        raise nothing
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        step, found = checkpoints.newest()
+        for line in found:
+            print(line, file=sys.stderr)
+        if not step:  # 0: saved before anything was learned
+            raise nothing
+        identity = checkpoints.notes(step)["identity"]
+        model = Transformer(TransformerConfig(**identity["model"]))
+        like = jax.eval_shape(lambda: init_params(model, jax.random.PRNGKey(0)))
+        return identity, model, checkpoints.restore_params(step, like)
 
 
 class Keeper:

@@ -1,7 +1,6 @@
 """A trained pronouncer: words in, pronunciations out."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,14 +12,12 @@ import numpy as np
 
 from experiments.data import padded
 from experiments.errors import UserError
+from experiments.keeper import newest_model
 from experiments.run_folder import RunFolder, RunFolderError
 from experiments.vocabulary import BOS, EOS, PAD, Vocabulary
-from tfm.checkpoint import Checkpoints
-from tfm.config import TransformerConfig
 from tfm.decoding import Decoded, beam_search, start_decoding
 from tfm.model import Transformer
 from tfm.quantization import quantize
-from tfm.training import init_params
 
 SHOWN = 60  # characters of a word in a message
 ROWS = 512  # words decoded together: one static shape, so one compilation
@@ -151,18 +148,7 @@ def load(run: str | Path, int8: bool = False) -> Pronouncer:
     folder = RunFolder(Path(run))
     if folder.read("config.json") is None:
         raise RunFolderError(f"{run}: not the folder of a pronunciation run (no config.json)")
-    if not folder.checkpoints.is_dir():
-        raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
-    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        step, found = checkpoints.newest()
-        for line in found:
-            print(line, file=sys.stderr)
-        if not step:
-            raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
-        config = checkpoints.notes(step)["identity"]
-        model = Transformer(TransformerConfig(**config["model"]))
-        like = jax.eval_shape(lambda: init_params(model, jax.random.PRNGKey(0)))
-        params = checkpoints.restore_params(step, like)
+    config, model, params = newest_model(folder)
     params = quantize(params) if int8 else params
     return Pronouncer(
         model=model,
