@@ -1,7 +1,8 @@
-"""What a training keeps on disk: the newest checkpoints, and the best by validation."""
+"""What a run keeps on disk: the newest checkpoints, the best by validation, the final model."""
 
 import contextlib
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from experiments.guard import Guard, Meter
 from experiments.run_folder import RunFolder, RunFolderError, differences
@@ -59,25 +61,39 @@ def check_newest(folder: RunFolder, steps: int, identity: dict[str, Any]) -> Non
 
 
 def newest_model(folder: RunFolder) -> tuple[dict[str, Any], Transformer, chex.ArrayTree]:
-    """The newest checkpoint's identity, its model and the parameters.
+    """The identity, model and parameters that a run ended with, or of its newest checkpoint.
 
     A damaged checkpoint is named on standard error, and the one before it taken.
 
     Raises RunFolderError where nothing is saved; CheckpointError where all of it is damaged.
     """
-    nothing = RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
-    if not folder.checkpoints.is_dir():
-        raise nothing
-    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        step, found = checkpoints.newest()
-        for line in found:
-            print(line, file=sys.stderr)
-        if not step:  # 0: saved before anything was learned
-            raise nothing
-        identity = checkpoints.notes(step)["identity"]
-        model = Transformer(TransformerConfig(**identity["model"]))
-        like = jax.eval_shape(lambda: init_params(model, jax.random.PRNGKey(0)))
-        return identity, model, checkpoints.restore_params(step, like)
+    for place in (folder.final, folder.checkpoints):
+        if not place.is_dir():
+            continue
+        with Checkpoints(place, read_only=True) as checkpoints:
+            step, found = checkpoints.newest()
+            for line in found:
+                print(line, file=sys.stderr)
+            if not step:  # 0: saved before anything was learned
+                continue
+            identity = checkpoints.notes(step)["identity"]
+            model = Transformer(TransformerConfig(**identity["model"]))
+            like = jax.eval_shape(lambda model=model: init_params(model, jax.random.PRNGKey(0)))
+            return identity, model, checkpoints.restore_params(step, like)
+    raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
+
+
+def write_final(
+    folder: RunFolder, params: chex.ArrayTree, step: int, identity: dict[str, Any]
+) -> None:
+    """Writes the model that a run ends with; one that is there already goes.
+
+    Raises CheckpointError where it cannot be written.
+    """
+    shutil.rmtree(folder.final, ignore_errors=True)
+    state = TrainState(jnp.int32(step), params, {}, jax.random.PRNGKey(0))  # no moments
+    with Checkpoints(folder.final) as checkpoints:
+        checkpoints.save(step, state, {"identity": identity})
 
 
 class Keeper:

@@ -1,9 +1,13 @@
 """What the reports share: one HTML page that loads nothing and runs no script."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
+
+from experiments.figures import Panel, learning_curve
 
 _STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
@@ -55,3 +59,79 @@ def page(title: str, intro: str, command: str, tiles: str, sections: Sequence[Se
 </body>
 </html>
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A key figure at the top of a page."""
+
+    key: str
+    """in results.json"""
+    name: str
+    form: str | None
+    """format of its value; None: a duration in seconds"""
+    note: str
+
+
+def _duration(seconds: float) -> str:
+    """`42 s`, `6 min 42 s` or `1 h 31 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def training_tiles(results: dict[str, Any]) -> list[Tile]:
+    """The figures of any training."""
+    rate = results.get("steps", 0) / max(results.get("train_seconds", 0), 1)
+    return [
+        Tile("parameters", "Parameters", "{:,}", "numbers learned"),
+        Tile("train_seconds", "Training time", None, f"{rate:.1f} steps a second"),
+        Tile("steps", "Steps", "{:,}", "updates of every parameter"),
+        Tile("seed", "Seed", "{}", "the same seed gives the same run"),
+    ]
+
+
+def tiles(results: dict[str, Any], shown: Sequence[Tile]) -> str:
+    """The key figures; one that this run did not measure is left out."""
+    boxes = (
+        f"<div><dt>{t.name}</dt><dd>{(t.form.format if t.form else _duration)(results[t.key])}</dd>"
+        f"<dd>{t.note}</dd></div>"
+        for t in shown
+        if t.key in results
+    )
+    return f'<dl class="tiles">{"".join(boxes)}</dl>'
+
+
+def learning(metrics: Sequence[dict[str, Any]], panels: Sequence[Panel], remark: str) -> Section:
+    """How a training went, from the objects of metrics.jsonl."""
+    drawn = ((panel, learning_curve(panel, metrics)) for panel in panels)
+    figures = "".join(
+        f"<figure><figcaption>{panel.title}<small>{panel.note}</small></figcaption>{svg}</figure>"
+        for panel, svg in drawn
+        if svg
+    )
+    return Section(
+        "learning",
+        "How it learned",
+        "Each curve runs over the training steps and ends in its last value. The training loss "
+        "has label smoothing in it (and dropout, where that is on), so it mostly stays above the "
+        f"validation loss: watch whether both still fall. {remark}",
+        figures and f'<div class="panels">{figures}</div>',
+    )
+
+
+def settings(config: dict[str, Any], results: dict[str, Any]) -> Section:
+    """The resolved config and all results, folded."""
+    folded = "".join(
+        f"<details><summary>{name}</summary>"
+        f"<pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre></details>"
+        for name, value in (("Resolved config", config), ("All results", results))
+    )
+    return Section(
+        "settings",
+        "What was run",
+        "Every setting after presets and flags were applied, and every figure at full precision, "
+        "as in config.json and results.json beside this page.",
+        folded,
+    )

@@ -1,7 +1,6 @@
 """What a run found, as one HTML file that needs nothing beside it."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from html import escape
@@ -10,14 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from experiments.figures import PANELS, attention_map, learning_curve
+from experiments.figures import PANELS, attention_map
 from experiments.metrics import GAP, closest_reference, edit_operations
-from experiments.page import Section, page
+from experiments.page import Section, Tile, learning, page, settings, tiles, training_tiles
 from experiments.run_folder import write_text
 
 _INTRO = """A Transformer began with random numbers and learned, from a dictionary alone, to
 turn the letters of a word into its sounds. This page tells how well, how it got there, and where
 it looks."""
+
+_LEARNING = (
+    "If the validation error rises again, the model has begun to learn its dictionary by heart."
+)
 
 _GROUPS = {
     "seen": ("Seen", "words of the training data"),
@@ -75,64 +78,25 @@ def write_report(
       confusions: (reference, hypothesis, count), worst first; '∅' for a gap.
     """
     sections = [
-        _learning(metrics),
+        learning(metrics, PANELS, _LEARNING),
         _examples(examples),
         _attention(attention),
         _confusions(confusions),
-        _settings(config, results),
+        settings(config, results),
     ]
-    html = page(title, _INTRO, command, _tiles(results), sections)
+    html = page(title, _INTRO, command, tiles(results, _tiles(results)), sections)
     write_text(Path(path), html)
 
 
-def _duration(seconds: float) -> str:
-    """`42 s`, `6 min 42 s` or `1 h 31 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{rest} s"
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _tiles(results: dict[str, Any]) -> str:
-    """The key figures; one that this run did not measure is left out."""
+def _tiles(results: dict[str, Any]) -> list[Tile]:
     words, wer = results.get("test_words", 0), results.get("test_wer", 0)
-    rate = results.get("steps", 0) / max(results.get("train_seconds", 0), 1)
-    tiles = [
-        ("test_wer", "Test WER", "{:.1%}", f"{wer * words:,.0f} of {words:,} words wrong"),
-        ("test_per", "Test PER", "{:.1%}", "sounds wrong, missing or extra"),
-        ("valid_wer", "Validation WER", "{:.1%}", "on held-out words"),
-        ("test_words", "Test words", "{:,}", "scored after training"),
-        ("parameters", "Parameters", "{:,}", "numbers learned"),
-        ("train_seconds", "Training time", None, f"{rate:.1f} steps a second"),
-        ("steps", "Steps", "{:,}", "updates of every parameter"),
-        ("seed", "Seed", "{}", "the same seed gives the same run"),
+    return [
+        Tile("test_wer", "Test WER", "{:.1%}", f"{wer * words:,.0f} of {words:,} words wrong"),
+        Tile("test_per", "Test PER", "{:.1%}", "sounds wrong, missing or extra"),
+        Tile("valid_wer", "Validation WER", "{:.1%}", "on held-out words"),
+        Tile("test_words", "Test words", "{:,}", "scored after training"),
+        *training_tiles(results),
     ]
-    shown = (
-        f"<div><dt>{name}</dt><dd>{(form.format if form else _duration)(results[key])}</dd>"
-        f"<dd>{note}</dd></div>"
-        for key, name, form, note in tiles
-        if key in results
-    )
-    return f'<dl class="tiles">{"".join(shown)}</dl>'
-
-
-def _learning(metrics: Sequence[dict[str, Any]]) -> Section:
-    drawn = ((panel, learning_curve(panel, metrics)) for panel in PANELS)
-    figures = "".join(
-        f"<figure><figcaption>{panel.title}<small>{panel.note}</small></figcaption>{svg}</figure>"
-        for panel, svg in drawn
-        if svg
-    )
-    return Section(
-        "learning",
-        "How it learned",
-        "Each curve runs over the training steps and ends in its last value. The training loss "
-        "has label smoothing in it (and dropout, where that is on), so it mostly stays above the "
-        "validation loss: watch whether both still fall. If the validation error rises again, the "
-        "model has begun "
-        "to learn its dictionary by heart.",
-        figures and f'<div class="panels">{figures}</div>',
-    )
 
 
 def _marked(hypothesis: str, references: Sequence[str]) -> str:
@@ -249,19 +213,4 @@ def _confusions(confusions: Sequence[tuple[str, str, int]]) -> Section:
         rows
         and '<div class="card confusions"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>",
-    )
-
-
-def _settings(config: dict[str, Any], results: dict[str, Any]) -> Section:
-    folded = "".join(
-        f"<details><summary>{name}</summary>"
-        f"<pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre></details>"
-        for name, value in (("Resolved config", config), ("All results", results))
-    )
-    return Section(
-        "settings",
-        "What was run",
-        "Every setting after presets and flags were applied, and every figure at full precision, "
-        "as in config.json and results.json beside this page.",
-        folded,
     )

@@ -13,10 +13,13 @@ from experiments.streams import Talk
 
 EXPERIMENTS = {
     "pronounce": "Train a Transformer to pronounce words, and report on it (the default).",
+    "translate": "Train a Transformer to translate on your own text, and report on it.",
     "claims": "Measure eleven claims about the Transformer; a ledger with verdicts and figures.",
     "bench": "Time this library beside the peers that are installed; ratios and a picture.",
     "cost": "Measure what a token costs by width, depth, length and batch; a law and a picture.",
-    "predict": "Pronounce the words on standard input with a trained model, a line each.",
+    "variants": "Say what differs between the models that bear the paper's name.",
+    "predict": "Pronounce or translate standard input with a trained model, line for line.",
+    "score": "Give the log-probability of translations on standard input.",
 }
 
 
@@ -46,13 +49,53 @@ def pronounce(arguments: list[str]) -> None:
     run(config)
 
 
+def translate(arguments: list[str]) -> None:
+    """Parses the flags over the chosen preset and variant, and runs the task."""
+    import tyro
+
+    from experiments.tasks.translate import run
+    from experiments.tasks.translate_config import TranslateConfig, configured
+    from tfm.variants import VARIANTS
+
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--preset", choices=("small", "base", "big"), default="small")
+    chosen.add_argument("--variant", choices=list(VARIANTS), default="paper")
+    known = chosen.parse_known_args(arguments)[0]
+    # "from" is a word of Python's, and cannot be a field.
+    arguments = ["--from-run" if a == "--from" else a for a in arguments]
+    config = tyro.cli(
+        TranslateConfig, default=TranslateConfig(**configured(known.preset, known.variant)),
+        args=arguments, prog="python -m experiments.run translate",
+    )  # fmt: skip
+    run(config)
+
+
+def variants(arguments: list[str]) -> None:
+    """Parses the names, and prints the table of differences."""
+    import tyro
+
+    from experiments.variants import VariantsConfig, run
+
+    positional = tyro.conf.Positional[VariantsConfig]
+    run(tyro.cli(positional, args=arguments, prog="python -m experiments.run variants"))
+
+
 def predict(arguments: list[str]) -> None:
-    """Parses the flags, and pronounces standard input."""
+    """Parses the flags, and pronounces or translates standard input."""
     import tyro
 
     from experiments.predict import PredictConfig, run
 
     run(tyro.cli(PredictConfig, args=arguments, prog="python -m experiments.run predict"))
+
+
+def score(arguments: list[str]) -> None:
+    """Parses the flags, and scores the translations on standard input."""
+    import tyro
+
+    from experiments.translation.score import ScoreConfig, run
+
+    run(tyro.cli(ScoreConfig, args=arguments, prog="python -m experiments.run score"))
 
 
 def claims(arguments: list[str]) -> None:

@@ -32,9 +32,11 @@ def named(path: Path) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """A config as JSON values: dataclasses become objects, paths and other leaves strings."""
+    """A config as JSON values: dataclasses become objects, tuples lists, and paths strings."""
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [plain(member) for member in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -73,13 +75,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunFolder:
-    """`config.json`, `metrics.jsonl`, `results.json`, TensorBoard events, `checkpoints/` and the
-    `best/` of them."""
+    """`config.json`, `metrics.jsonl`, `results.json`, TensorBoard events, `checkpoints/`, the
+    `best/` of them, and the `final/` model where that is not the newest of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
+        self.final = path / "final"
         self.report = path / "report.html"
 
     def read(self, name: str) -> dict[str, Any] | None:

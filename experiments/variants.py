@@ -58,10 +58,10 @@ def differing(variants: list[Variant]) -> dict[str, list[Any]]:
 def table(names: list[str]) -> Table:
     """A row a setting that differs, a column a variant, and what the setting does."""
     made = Table(title="Settings that differ", show_lines=True)
-    made.add_column("setting", style="bold")
+    made.add_column("setting", style="bold", no_wrap=True)
     for name in names:
-        made.add_column(name)
-    made.add_column("what it is", style="dim")
+        made.add_column(name, overflow="fold")
+    made.add_column("what it is", style="dim", overflow="fold")
     for name, values in differing([VARIANTS[n] for n in names]).items():
         made.add_row(name, *(str(v) if v != "" else "–" for v in values), MEANS[name])
     return made

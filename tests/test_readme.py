@@ -40,11 +40,15 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     from experiments.claims.ledger import ClaimsConfig
     from experiments.predict import PredictConfig
     from experiments.tasks.pronounce import PronounceConfig
+    from experiments.tasks.translate_config import TranslateConfig
+    from experiments.translation.score import ScoreConfig
+    from experiments.variants import VariantsConfig
 
     lines = re.findall(r"python -m experiments\.run(.*)", README)
     assert len(lines) > 4
     configs = {
         "predict": PredictConfig, "claims": ClaimsConfig, "bench": BenchConfig, "cost": CostConfig,
+        "translate": TranslateConfig, "score": ScoreConfig, "variants": VariantsConfig,
     }  # fmt: skip
     for line in lines:
         config = configs.get(line.split()[0] if line.split() else "", PronounceConfig)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.guard import Metrics
@@ -50,6 +51,8 @@ class TrainingConfig:
     """Steps between evaluations on the validation data."""
     most_skipped: int = 5
     """Steps in a row without a finite loss and gradient that end the run; one makes no update."""
+    patience: int | None = None
+    """Evaluations in a row without a lower validation loss that end the run. None: none do."""
     rows: int = 25
     """Packed rows in a batch."""
     source_length: int = 40
@@ -84,6 +87,8 @@ class TrainingConfig:
                      "beam", "warmup_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience={self.patience} must be at least 1")
         if self.rows % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} does not divide rows={self.rows}")
         for name in ("learning_rate", "clip"):
@@ -115,13 +120,13 @@ class TrainingConfig:
         """What the loop does at which step."""
         return Schedule(
             self.steps, self.log_every, self.evaluate_every, self.save_every, self.most_skipped,
-            self.keep_checkpoints,
+            self.keep_checkpoints, self.patience,
         )  # fmt: skip
 
 
 MAY_DIFFER = {
     "preset", "run", "steps", "save_every", "log_every", "evaluate_every", "most_skipped",
-    "keep_checkpoints",
+    "keep_checkpoints", "patience",
 }  # fmt: skip
 """Fields that may change from one sitting to the next: they change no update, or (steps) extend."""
 
@@ -153,8 +158,12 @@ def fit(
     evaluate: Callable[[Any], Metrics],
     identity: dict[str, Any],
     folder: RunFolder,
+    start: chex.ArrayTree | None = None,
 ) -> tuple[chex.ArrayTree, dict[str, Any]]:
     """Trains (or goes on training); returns the parameters and what there is to say of the run.
+
+    Args:
+      start: parameters to begin with. None: fresh ones.
 
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.
     """
@@ -168,6 +177,8 @@ def fit(
     with StopSignal() as stop:
         # A raw key: a plain array, like all else in the state.
         state = init_state(model, optimizer, jax.random.PRNGKey(config.seed))
+        if start is not None:
+            state = state.replace(params=jax.tree.map(jnp.array, start))  # copies: they are donated
         trained, facts = train(
             jax.jit(skip_nonfinite(train_step), donate_argnums=0), state, batches, folder,
             config.when(), learning_rate=learning_rate, evaluate=evaluate, identity=identity,

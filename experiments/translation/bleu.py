@@ -74,12 +74,14 @@ def _measure(metric: BLEU | CHRF, hypotheses: Sequence[str], references: Sequenc
     statistics = metric._extract_corpus_statistics(list(hypotheses), [list(references)])
     found = metric._aggregate_and_compute(statistics)
     counts, rng = np.array(statistics, np.float32), np.random.default_rng(_SEED)
-    found.estimate_ci(
-        [
-            metric._compute_score_from_stats(counts[rng.choice(len(counts), len(counts))].sum(0))
-            for _ in range(RESAMPLES)
-        ]
-    )
+    resampled = [
+        metric._compute_score_from_stats(counts[rng.choice(len(counts), len(counts))].sum(0))
+        for _ in range(RESAMPLES)
+    ]
+    if {type(one.score) for one in resampled} >= {float, np.float32}:
+        for one in resampled:  # the library cannot mix the two, and a zero of its own is a float
+            one.score = float(one.score)
+    found.estimate_ci(resampled)
     metric.n_bootstrap, metric.seed = RESAMPLES, str(_SEED)  # for the signature
     figures = map(float, (found.score, found._mean, found._ci))
     return Measure(*figures, str(metric.get_signature()))

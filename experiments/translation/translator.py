@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from experiments.keeper import newest_model
+from experiments.keeper import newest_model, write_final
 from experiments.run_folder import RunFolder, RunFolderError, named, plain
 from experiments.translation import given
 from experiments.translation.generation import Done, Generator, Job
@@ -20,10 +20,8 @@ from experiments.translation.hypotheses import Hypothesis, Scored, best_of_parts
 from experiments.translation.long import TooLongError, parts_of
 from experiments.translation.search import Group, Mean, Rules, Sampling
 from experiments.translation.subwords import Subwords
-from tfm.checkpoint import Checkpoints
 from tfm.model import Transformer
 from tfm.quantization import quantize
-from tfm.training import TrainState
 
 SHOWN = 60  # characters of a sentence in a message
 
@@ -335,14 +333,13 @@ def write(run: str | Path, translator: Translator, about: dict[str, str]) -> Non
     identity = _identity(translator)
 
     def check() -> None:
-        if folder.checkpoints.exists():
-            raise RunFolderError(f"{folder.checkpoints}: there is a model already")
+        for place in (folder.final, folder.checkpoints):
+            if place.exists():
+                raise RunFolderError(f"{place}: there is a model already")
 
     with folder.claim(identity | {"about": about}, (), check):
         with named(folder.path / "vocabulary"):
             translator.source.save(folder.path / "vocabulary", "source")
             translator.target.save(folder.path / "vocabulary", "target")
-        # No moments. Not step 0, which is what a training saves that has not learned anything.
-        state = TrainState(jnp.int32(1), translator.params, {}, jax.random.PRNGKey(0))
-        with Checkpoints(folder.checkpoints) as checkpoints:
-            checkpoints.save(1, state, {"identity": identity | {"about": about}})
+        # Not step 0, which is what a training saves that has not learned anything.
+        write_final(folder, translator.params, 1, identity | {"about": about})

@@ -132,3 +132,8 @@ def test_a_measure_prints_as_a_line_and_goes_into_json():
         "score": found.score, "mean": found.mean, "half_width": found.half_width,
         "signature": found.signature,
     }  # fmt: skip
+
+
+def test_chrf_of_resamples_without_a_letter_in_common_has_an_interval_too():
+    found = chrf(["xx", "yy", "ab"], ["ab"] * 3)
+    assert 0 < found.score < 100 and found.half_width > 0

@@ -1,0 +1,307 @@
+"""Learn to translate from parallel text of one's own."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+from experiments.keeper import check_newest, write_final
+from experiments.run_folder import RunFolder, named, plain, write_json
+from experiments.tasks.training import fit, make_valid_loss
+from experiments.tasks.translate_config import MAY_DIFFER, TranslateConfig
+from experiments.tasks.translate_report import report
+from experiments.translation import bleu
+from experiments.translation.cleaning import Clean
+from experiments.translation.store import Store, fetch_store, plan_rows, stored_batches
+from experiments.translation.subwords import Subwords, train_subwords
+from experiments.translation.text import CorpusError, Files, Hub, Pair
+from experiments.translation.translator import Settings, Translator, load
+from tfm.averaging import average
+from tfm.checkpoint import Checkpoints, state_sha256
+from tfm.model import Transformer
+from tfm.sharing import export_params
+from tfm.training import TrainState
+
+CARVED = 1000  # most pairs that become the validation text where none is given
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The text of one run."""
+
+    train: Files | Hub
+    valid: list[Pair]
+    test: list[Pair]
+    sha256: dict[str, Any]
+    """What each part was, as JSON."""
+
+
+def _carve(corpus: Iterable[Pair]) -> Iterator[Pair]:
+    """One sound pair in a hundred, by a hash of it."""
+    for source, target in Clean(corpus):
+        digest = hashlib.blake2b(f"{source}\0{target}".encode(), digest_size=8).digest()
+        if int.from_bytes(digest, "big") % 100 == 0:
+            yield source, target
+
+
+def read(config: TranslateConfig) -> Texts:
+    """All validation and test text, and where the training text is.
+
+    Raises CorpusError: none is named; of the text, or too little of it to carve validation from.
+    """
+    if bool(config.train) == (config.dataset is not None):
+        raise CorpusError("give the training text: --train SOURCE TARGET, or --dataset NAME")
+    if config.dataset is None:
+        train: Files | Hub = Files(config.train)
+    else:
+        train = Hub(config.dataset, *(config.dataset_columns or ()))
+    parts = {
+        name: Files(getattr(config, name)) for name in ("valid", "test") if getattr(config, name)
+    }
+    valid = list(parts["valid"] if "valid" in parts else itertools.islice(_carve(train), CARVED))
+    if not valid:
+        raise CorpusError("too few training pairs to carve validation pairs from: give --valid")
+    test = list(parts["test"]) if "test" in parts else valid
+    identities = {name: part.identity() for name, part in {"train": train, **parts}.items()}
+    return Texts(train, valid, test, identities)
+
+
+def _vocabulary(
+    config: TranslateConfig, folder: RunFolder, clean: Clean, start: Translator | None
+) -> tuple[Subwords, Subwords]:
+    """Those of the model to start from, of an earlier sitting, or one trained for both sides."""
+    place = folder.path / "vocabulary"
+    if place.exists():
+        return Subwords.load(place, "source"), Subwords.load(place, "target")
+    if start is not None:
+        source, target = start.source, start.target
+    else:
+        print("training the vocabulary …", flush=True)
+        lines = itertools.chain.from_iterable(clean)
+        source = target = train_subwords(
+            lines, config.vocabulary_size, config.subwords, config.seed
+        )
+    with named(place):
+        partial_place = place.with_name("vocabulary.partial")
+        source.save(partial_place, "source")
+        target.save(partial_place, "target")
+        partial_place.rename(place)
+    return source, target
+
+
+def resolve(config: TranslateConfig, source: Subwords, target: Subwords) -> TranslateConfig:
+    """The config with the vocabulary sizes of the data."""
+    own_source = config.model.source_vocab_size is not None or source.sha256 != target.sha256
+    sizes = {"vocab_size": target.size, "source_vocab_size": source.size if own_source else None}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """All that a training needs."""
+
+    config: TranslateConfig
+    source: Subwords
+    target: Subwords
+    store: Store
+    identity: dict[str, Any]
+
+
+def prepare(
+    config: TranslateConfig,
+    texts: Texts,
+    folder: RunFolder,
+    start: Translator | None,
+    as_json: dict[str, Any],
+) -> Prepared:
+    """Cleans and encodes the training text, or finds what an earlier sitting made of it."""
+    clean = Clean(texts.train, config.limits, [*texts.valid, *texts.test])
+    source, target = _vocabulary(config, folder, clean, start)
+    config = resolve(config, source, target)
+    lengths = config.source_length, config.target_length
+    store, why = fetch_store(folder.path / "tokens", clean, source, target, lengths, texts.sha256)
+    cleaned = store.facts["cleaned"]
+    print(f"training text: {cleaned['pairs']:,} pairs, {cleaned['kept']:,} kept", flush=True)
+    settings = Settings(*lengths, config.beam, config.alpha, config.penalty)
+    identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER} | {
+        "model": plain(config.model),
+        "settings": plain(settings),
+        "vocabulary_sha256": {"source": source.sha256, "target": target.sha256},
+        "tokens_sha256": store.sha256,
+    }
+    return Prepared(config, source, target, store, json.loads(json.dumps(identity)))
+
+
+def make_evaluate(prepared: Prepared, texts: Texts, translator: Translator):
+    """params -> `valid_loss` (nats a token, no smoothing, no dropout) and `valid_bleu`.
+
+    The sentences are decoded greedily: this is to watch the training, and the beam is for the
+    result. Pairs that no packed row can hold have no part in the loss; they do in the BLEU.
+    """
+    config, chosen = prepared.config, texts.valid[: prepared.config.evaluated]
+    examples = [
+        {"source": np.array(source, np.int32), "target": np.array(target, np.int32)}
+        for source, target in zip(
+            prepared.source.encode_all(source for source, _ in texts.valid),
+            prepared.target.encode_all(target for _, target in texts.valid),
+            strict=True,
+        )
+        if len(source) <= config.source_length and len(target) <= config.target_length
+    ]
+    if not examples:
+        raise CorpusError("no validation pair is short enough for --source-length, --target-length")
+    valid_loss = make_valid_loss(config, examples, prepared.target.bos)
+    sources, references = zip(*chosen, strict=True)
+
+    def evaluate(params: chex.ArrayTree) -> dict[str, float]:
+        own = dataclasses.replace(translator, params=params)
+        found = bleu.bleu(own(sources, beam=1, long="split"), references)
+        return {"valid_loss": valid_loss(params), "valid_bleu": found.score}
+
+    return evaluate
+
+
+def learn(
+    prepared: Prepared, texts: Texts, start: Translator | None, folder: RunFolder
+) -> tuple[Translator, dict[str, Any]]:
+    """Trains (or goes on training); the translator with the weights that `weights` names, and what
+    there is to say of the run.
+
+    Raises SystemExit after SIGINT or SIGTERM, with everything saved.
+    """
+    config = prepared.config
+    plan = plan_rows(
+        prepared.store, source_length=config.source_length, target_length=config.target_length,
+        seed=config.seed,
+    )  # fmt: skip
+    batches = stored_batches(prepared.store, plan, rows=config.rows)
+    settings = Settings(**prepared.identity["settings"])
+    model = Transformer(config.model)
+    untrained = Translator(model, {}, prepared.source, prepared.target, settings)
+    evaluate = make_evaluate(prepared, texts, untrained)
+    params, facts = fit(
+        config, prepared.target.bos, batches, evaluate, prepared.identity, folder,
+        start=None if start is None else start.params,
+    )  # fmt: skip
+    params, told = chosen_weights(config, folder, params)
+    return dataclasses.replace(untrained, params=params), facts | {"weights": told}
+
+
+def chosen_weights(
+    config: TranslateConfig, folder: RunFolder, last: chex.ArrayTree
+) -> tuple[chex.ArrayTree, str]:
+    """The parameters that `weights` names, and what they are in words."""
+    if config.weights == "last":
+        return last, "of the last step"
+    place = folder.best if config.weights == "best" else folder.checkpoints
+    with Checkpoints(place, read_only=True) as checkpoints:
+        steps = checkpoints.steps
+        trees = [checkpoints.restore_params(step, last) for step in steps]
+    if config.weights == "best":
+        return trees[-1], f"of step {steps[-1]}, the lowest validation loss"
+    return average(trees), f"average of the steps {', '.join(map(str, steps))}"
+
+
+def scores(translations: list[str], references: list[str]) -> dict[str, bleu.Measure]:
+    """BLEU, BLEU of the text as its spaces part it, and chrF."""
+    return {
+        "bleu": bleu.bleu(translations, references),
+        "bleu_pretokenized": bleu.bleu_pretokenized(translations, references),
+        "chrf": bleu.chrf(translations, references),
+    }
+
+
+def results_of(
+    config: TranslateConfig, prepared: Prepared, about: dict[str, Any],
+    measured: dict[str, dict[str, bleu.Measure]], texts: Texts,
+) -> dict[str, Any]:  # fmt: skip
+    """results.json: scores from 0 to 100, with their signatures and intervals beside them."""
+    found = {
+        f"{part}_{name}": measure.score
+        for part, measures in measured.items()
+        for name, measure in measures.items()
+    }
+    details = {
+        part: {name: measure.to_json() for name, measure in measures.items()}
+        for part, measures in measured.items()
+    }
+    return found | {
+        "scores": details,
+        "test_sentences": len(texts.test),
+        "valid_sentences": len(texts.valid),
+        "test_is_valid": not config.test,
+        "cleaned": prepared.store.facts["cleaned"],
+        "train_tokens": prepared.store.tokens,
+        "vocabulary_size": prepared.target.size,
+        **about,
+        "seed": config.seed,
+        "beam": config.beam,
+        "alpha": config.alpha,
+    }
+
+
+def _state_of(translator: Translator) -> TrainState:
+    """The translator's parameters as a checkpoint holds them; there is nothing to go on from."""
+    return TrainState(np.int32(1), translator.params, {}, jax.random.PRNGKey(0))
+
+
+def finish(
+    prepared: Prepared, texts: Texts, translator: Translator, about: dict[str, Any],
+    folder: RunFolder, as_json: dict[str, Any],
+) -> None:  # fmt: skip
+    """Translates and scores validation and test, and writes all that a finished run holds."""
+    config = prepared.config
+    print(f"translating {len(texts.test):,} test sentences, beam {config.beam} …", flush=True)
+    translations, measured = {}, {}
+    for part in ("test", "valid"):
+        sources, references = zip(*getattr(texts, part), strict=True)
+        if part == "valid" and texts.valid is texts.test:
+            translations[part], measured[part] = translations["test"], measured["test"]
+            continue
+        translations[part] = translator(sources, long="split")
+        measured[part] = scores(translations[part], list(references))
+    results = results_of(config, prepared, about, measured, texts)
+    write_final(folder, translator.params, results["steps"], prepared.identity)
+    report(as_json, folder, results, texts.test, translations["test"])
+    path = folder.path / "params.safetensors"
+    with named(path):
+        about_params = {"config": json.dumps(plain(config.model)), "steps": str(results["steps"])}
+        export_params(path, translator.params, about_params)
+    # Last, so that a folder with results is a folder with everything.
+    write_json(folder.path / "results.json", results)
+
+
+def run(config: TranslateConfig) -> None:
+    """The whole job: text, vocabulary, training, translation of the test, report."""
+    texts = read(config)
+    start = None if config.from_run is None else load(config.from_run)
+    if start is not None:
+        config = dataclasses.replace(config, model=start.model.config)
+    as_json = plain(config) | {"task": "translate", "corpora": texts.sha256}
+    if start is not None:
+        as_json["start_sha256"] = state_sha256(_state_of(start), None)
+    folder = RunFolder(config.run)
+    with folder.claim(as_json, MAY_DIFFER):
+        done = folder.read("results.json")
+        if done and config.steps in (done.get("steps"), done.get("asked_steps")):
+            print(f"{config.run} is finished ({done['steps']} steps); a larger --steps extends it")
+            return
+        prepared = prepare(config, texts, folder, start, as_json)
+        as_json |= plain(prepared.config)
+        check_newest(folder, config.steps, prepared.identity)
+        write_json(folder.path / "config.json", as_json)
+        if done:
+            folder.set_aside(done.get("steps", 0))
+        print(
+            f"{len(prepared.store):,} training pairs, {len(texts.valid):,} validation, "
+            f"{len(texts.test):,} test, {prepared.target.size:,} pieces, "
+            f"{prepared.config.model.parameter_count():,} parameters", flush=True,
+        )  # fmt: skip
+        translator, about = learn(prepared, texts, start, folder)
+        finish(prepared, texts, translator, about | {"asked_steps": config.steps}, folder, as_json)

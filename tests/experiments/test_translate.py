@@ -1,0 +1,188 @@
+"""The translation task from end to end, on a language of twenty words that a small model learns."""
+
+import gzip
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+from killing import call
+
+from experiments.tasks.translate_config import TranslateConfig, configured
+from experiments.tasks.translate_report import unpicked
+from experiments.translation.translator import load
+from tfm.checkpoint import Checkpoints
+from tfm.variants import VARIANTS
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+THEIRS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn"]
+STEPS = 60
+TINY = [
+    *("--model.d-model", "32", "--model.d-ff", "64", "--model.num-heads", "2"),
+    *("--model.num-encoder-layers", "1", "--model.num-decoder-layers", "1"),
+    *("--model.dropout-rate", "0.0", "--rows", "16", "--source-length", "24"),
+    *("--target-length", "24", "--beam", "2", "--learning-rate", "0.01", "--warmup-steps", "10"),
+    *("--log-every", "20", "--evaluate-every", "20", "--save-every", "20"),
+    *("--vocabulary-size", "300", "--schedule", "paper"),
+]
+
+
+def sentences(count, seed):
+    rng = random.Random(seed)
+    for _ in range(count):
+        chosen = [rng.randrange(10) for _ in range(rng.randint(1, 5))]
+        yield " ".join(WORDS[i] for i in chosen), " ".join(THEIRS[i] for i in chosen)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The flags of the text: training in two files, validation in one, test in two of gzip."""
+    folder = tmp_path_factory.mktemp("text")
+    train, valid, test = (list(sentences(n, seed)) for n, seed in ((900, 0), (40, 1), (50, 2)))
+    train[5] = ("one  ", " ")
+    for side, name in ((0, "en"), (1, "de")):
+        (folder / f"train.{name}").write_text("".join(f"{p[side]}\n" for p in train))
+        with gzip.open(folder / f"test.{name}.gz", "wt", encoding="utf-8") as file:
+            file.writelines(f"{p[side]}\n" for p in test)
+    (folder / "valid.tsv").write_text("".join(f"{s}\t{t}\n" for s, t in valid))
+    return [
+        *("--train", folder / "train.en", folder / "train.de", "--valid", folder / "valid.tsv"),
+        *("--test", folder / "test.en.gz", folder / "test.de.gz"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    assert call("translate", "--run", path, "--steps", STEPS, *text, *TINY) == 0
+    return path
+
+
+def read(path, name):
+    return json.loads((path / name).read_text(encoding="utf-8"))
+
+
+def test_results_hold_scores_with_signatures_and_counts(finished):
+    results = read(finished, "results.json")
+    for name in ("test_bleu", "test_bleu_pretokenized", "test_chrf", "valid_bleu"):
+        assert 0 <= results[name] <= 100
+    assert results["test_chrf"] > 20  # it has learned something
+    signatures = {m["signature"] for m in results["scores"]["test"].values()}
+    assert len(signatures) == 3 and any("tok:13a" in s for s in signatures)
+    assert (results["test_sentences"], results["valid_sentences"]) == (50, 40)
+    cleaned = results["cleaned"]
+    assert cleaned["pairs"] == 900 and cleaned["empty"] == 1 and cleaned["duplicates"] > 0
+    assert results["steps"] == STEPS and not results["stopped_early"]
+
+
+def test_translations_stand_beside_the_report(finished):
+    header, *lines = (finished / "translations.tsv").read_text().splitlines()
+    assert header.split("\t") == ["source", "reference", "model"] and len(lines) == 50
+    sources, references, written = zip(*(line.split("\t") for line in lines), strict=True)
+    assert list(zip(sources, references, strict=True)) == list(sentences(50, 2))
+    assert tuple(load(finished)(sources)) == written
+    report = (finished / "report.html").read_text()
+    assert written[unpicked(50)[3]] in report and "tok:13a" in report
+
+
+def test_the_result_is_of_the_lowest_validation_loss(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
+    best = min(evaluated, key=evaluated.get)
+    assert f"step {best}," in read(finished, "results.json")["weights"]
+    assert list(evaluated) == [20, 40, 60] and all("valid_bleu" in m for m in lines[-1:])
+
+
+@pytest.mark.slow
+def test_a_run_cut_off_goes_on_to_the_same_parameters(finished, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / str(STEPS))
+    (run / "results.json").unlink()
+    assert call("translate", "--run", run, "--steps", STEPS, *text, *TINY) == 0
+    now, before = read(run, "results.json"), read(finished, "results.json")
+    assert now["resumed_from"] == [40]
+    assert now["state_sha256"] == before["state_sha256"]
+    capsys.readouterr()
+    assert call("translate", "--run", run, "--steps", STEPS, *text, *TINY) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_other_text_is_refused_by_name_and_nothing_is_lost(finished, text, tmp_path, capsys):
+    changed = tmp_path / "train.de"
+    changed.write_text(text[2].read_text() + "\n")
+    other = [*text[:2], changed, *text[3:]]
+    before = (finished / "config.json").read_bytes()
+    assert call("translate", "--run", finished, "--steps", STEPS, *other, *TINY) == 2
+    assert "corpora.train.target" in capsys.readouterr().err
+    assert (finished / "config.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_fine_tuning_begins_with_what_is_known(finished, text, tmp_path):
+    run, quiet = tmp_path / "run", ["--learning-rate", "1e-5", "--vocabulary-size", "300"]
+    flags = [*TINY, *quiet]
+    assert call("translate", "--from", finished, "--run", run, "--steps", 20, *text, *flags) == 0
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    cold = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] < cold["loss"] - 1
+    assert load(run).target.sha256 == load(finished).target.sha256
+
+
+@pytest.mark.slow
+def test_patience_and_averaging(text, tmp_path):
+    run = tmp_path / "run"
+    flags = [*TINY, "--learning-rate", "1e-9", "--patience", "1", "--weights", "average",
+             "--keep-checkpoints", "2"]  # fmt: skip
+    assert call("translate", "--run", run, "--steps", 400, *text, *flags) == 0
+    results = read(run, "results.json")
+    if results["stopped_early"]:
+        assert results["steps"] < 400
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        steps, like = checkpoints.steps, load(run).params
+        assert f"average of the steps {', '.join(map(str, steps))}" == results["weights"]
+        trees = [checkpoints.restore_params(step, like) for step in steps]
+    mean = np.mean([tree["embedding"] for tree in trees], axis=0)
+    np.testing.assert_allclose(like["embedding"], mean, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_validation_text_is_carved_where_none_is_given(text, tmp_path):
+    run = tmp_path / "run"
+    assert call("translate", "--run", run, "--steps", 1, *text[:3], *TINY) == 0
+    results = read(run, "results.json")
+    assert results["test_is_valid"] and 1 <= results["valid_sentences"] <= 20
+    assert results["cleaned"]["held_out"] >= results["valid_sentences"]
+    assert results["test_bleu"] == results["valid_bleu"]
+
+
+def test_what_is_wrong_with_the_text_is_one_line(text, tmp_path, capsys):
+    short = tmp_path / "short.de"
+    short.write_text("eins\n")
+    cases = [
+        ([], ["--train SOURCE TARGET"]),
+        (["--train", text[1], short], ["short.de", "1", "900"]),
+        (["--train", tmp_path / "gone"], ["gone"]),
+        ([*text[:3], "--valid", text[1], short], ["short.de"]),
+    ]
+    for flags, words in cases:
+        assert call("translate", "--run", tmp_path / "run", *flags, *TINY) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", ["small", "base", "big"])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_presets_and_variants_make_sound_configs(preset, variant):
+    config = TranslateConfig(**configured(preset, variant))
+    assert config.model.norm_placement == VARIANTS[variant].model.norm_placement
+    assert config.penalty == VARIANTS[variant].penalty
+    sizes = {"small": 256, "base": 512, "big": 1024}
+    assert config.model.d_model == sizes[preset]
+
+
+def test_unpicked_places_are_spread_and_in_bounds():
+    assert unpicked(1000, 4) == [0, 250, 500, 750]
+    assert unpicked(3, 20) == [0, 1, 2] and unpicked(0) == []
