@@ -25,9 +25,16 @@ from experiments.bridge.links import (
     reorder_features,
     reorder_ids,
     shapes_of,
-    sinusoids,
     take,
 )  # fmt: skip
+from experiments.bridge.marian_tables import (
+    DECODER,
+    ENCODER,
+    HEAD,
+    SHARED,
+    find_tables,
+    without_positions,
+)
 from tfm.config import TransformerConfig
 
 EPSILON = 1e-5
@@ -54,11 +61,6 @@ NOTE = "tfm"
 NOTED = ("sinusoid_layout", "projection_bias", "output_bias", "initializer", "compute_dtype",
          "attention")  # fmt: skip
 
-SHARED, ENCODER, DECODER, HEAD = (
-    "model.shared.weight", "model.encoder.embed_tokens.weight",
-    "model.decoder.embed_tokens.weight", "lm_head.weight",
-)  # fmt: skip
-
 
 class Marian(NamedTuple):
     """A model with our ids and our arrays, by their flat names."""
@@ -80,8 +82,8 @@ def read_model(folder: Folder, source_pad: int | None = None) -> Marian:
     path, given = folder.root / "config.json", folder.json("config.json")
     fields = _fields(path, given)
     where = folder.weights()
-    tensors = _without_positions(where, folder.tensors(), fields["d_model"])
-    tensors, tables = _tables(where, tensors, fields)
+    tensors = without_positions(where, folder.tensors(), fields["d_model"])
+    tensors, tables = find_tables(where, tensors, fields)
     config = _config(path, fields, shared="source" not in tables)
     tensors.setdefault("final_logits_bias", np.zeros((1, config.vocab_size), np.float32))
     arrays = take(where, tensors, _links(config, tables), shapes_of(config))
@@ -177,53 +179,6 @@ def _orders(
             f"{config.source_vocab_size}"
         )
     return target, pad_first(config.source_vocab_size, source_pad)
-
-
-def _without_positions(path: Path, tensors: Tensors, d_model: int) -> Tensors:
-    """Leaves out the tables of positions, which must hold what the formula gives."""
-    names = [f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder")]
-    for name in set(names) & tensors.keys():
-        table = tensors[name]
-        if table.ndim == 2 and table.shape[1] == d_model and d_model % 2 == 0:
-            expected = sinusoids(len(table), d_model, "halves")
-            # What 16 bits can hold of a sine, where the file has so many.
-            tolerance = 5e-3 if table.dtype.itemsize == 2 else 1e-5
-            if np.abs(table.astype(np.float32) - expected).max() <= tolerance:
-                continue
-        raise BridgeError(f"{path}: {name} {list(table.shape)} does not hold Marian's sinusoids")
-    return {name: tensor for name, tensor in tensors.items() if name not in names}
-
-
-def _tables(path: Path, tensors: Tensors, fields: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:
-    """One name for each matrix of the vocabularies: 'source' (of its own), 'target', 'output'.
-
-    A file may hold one matrix under several names; then they must be equal. Untied, their library
-    keeps a matrix for the encoder and one for the decoder even where the config says that they
-    share: where those differ, they are two.
-    """
-    shared, tied = fields["share_encoder_decoder_embeddings"], fields["tie_word_embeddings"]
-    sides = [tensors[n] for n in (ENCODER, DECODER) if n in tensors]
-    if shared and not tied and len(sides) == 2 and not np.array_equal(*sides):
-        shared = False
-        tensors = {n: t for n, t in tensors.items() if n != SHARED}  # nothing reads it
-    groups = {
-        (True, True): {"target": (SHARED, ENCODER, DECODER, HEAD)},
-        (True, False): {"target": (SHARED, ENCODER, DECODER), "output": (HEAD,)},
-        (False, True): {"source": (ENCODER,), "target": (DECODER, HEAD)},
-        (False, False): {"source": (ENCODER,), "target": (DECODER,), "output": (HEAD,)},
-    }[shared, tied]
-    kept, names = dict(tensors), {}
-    for table, group in groups.items():
-        there = [name for name in group if name in tensors]
-        names[table] = there[0] if there else group[0]
-        for other in there[1:]:
-            if not np.array_equal(tensors[other], tensors[there[0]]):
-                raise BridgeError(
-                    f"{path}: {other} and {there[0]} differ, though the config says that they are "
-                    "one matrix (share_encoder_decoder_embeddings, tie_word_embeddings)"
-                )
-            del kept[other]
-    return kept, names
 
 
 def _links(config: TransformerConfig, tables: dict[str, str]) -> Iterator[Link]:
