@@ -99,6 +99,7 @@ def bucketed(
 
 
 def padded(sides: tuple[Side | Sequence, Side | Sequence], pairs: np.ndarray) -> Batch:
+    """The chosen pairs of (sources, targets), each side as wide as its longest."""
     source, target = (
         nn.utils.rnn.pad_sequence(
             [torch.from_numpy(np.array(side[i], np.int64)) for i in pairs], batch_first=True
