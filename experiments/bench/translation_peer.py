@@ -38,7 +38,8 @@ from experiments.bench.torch_translation import (
     train,
 )
 from experiments.bridge.links import tree
-from experiments.bridge.torch_transformer import TorchOptions, read_model
+from experiments.bridge.torch_names import TorchOptions
+from experiments.bridge.torch_transformer import read_model
 from experiments.errors import UserError
 from experiments.run import told_in_one_line, use_huge_pages
 from experiments.run_folder import RunFolder, named, write_json
