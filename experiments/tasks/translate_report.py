@@ -20,7 +20,7 @@ _PANELS = (
     Panel("Loss", "Nats a token, logarithmic; lower is better.",
           {"loss": "training", "valid_loss": "validation"}, "{:.2f}", "{:g}", "log"),
     Panel("BLEU", "Greedy, validation sentences; higher is better.", {"valid_bleu": ""},
-          "{:.1f}", "{:.0f}"),
+          "{:.1f}", "{:g}"),
     *PANELS[-3:],
 )  # fmt: skip
 _INTRO = """A Transformer began with random numbers and learned to translate from pairs of
@@ -51,7 +51,7 @@ def _scores(results: dict[str, Any]) -> Section:
         "From 0 to 100. The interval is that of 1,000 bootstrap resamples of the sentences. The "
         "second BLEU parts words at the spaces of the files as they are: it is not comparable with "
         "figures from papers.",
-        f'<div class="card"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="card"><table class="scores"><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>",
     )
 
