@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import tfm
-from experiments.bridge.links import flat
+from experiments.bridge.links import flat, tree
+from experiments.translation.translator import Settings, Translator
 from tfm.training import init_params
 
 BEAM, LENGTH = 4, 12
@@ -120,3 +121,63 @@ def config_with(**changes):
         ),
         **changes,
     )  # fmt: skip
+
+
+TEXT = [f"a small {animal} saw {n} of the {things}" for animal in ("frog", "dog", "owl")
+        for n in ("one", "two", "none") for things in ("houses", "trees", "stones")]  # fmt: skip
+
+
+def translator_of(subwords, target=None, **changes):
+    """A random model of ours with these vocabularies."""
+    target = target or subwords
+    sizes = {"vocab_size": target.size}
+    if target is not subwords:
+        sizes["source_vocab_size"] = subwords.size
+    config = config_with(**(sizes | changes))
+    arrays = random_arrays(config, 5)
+    settings = Settings(source_length=50, target_length=45, beam=3, alpha=0.5)
+    return Translator(
+        tfm.Transformer(config), tree(arrays), source=subwords, target=target, settings=settings
+    )
+
+
+def assert_same(one, other):
+    """Two translators are one: config, settings, vocabularies, and every bit of the arrays."""
+    assert one.model.config == other.model.config
+    assert one.settings == other.settings
+    before, after = flat(one.params), flat(other.params)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].tobytes() == after[name].tobytes(), name
+    for side in ("source", "target"):
+        assert getattr(one, side).sha256 == getattr(other, side).sha256
+
+
+def state_dict(arrays, prefix="transformer."):
+    """Arrays of ours under the names of torch.nn.Transformer, written out by hand."""
+    state = {}
+    attentions = {"attention": ("self_attn", 1), "self_attention": ("self_attn", 1),
+                  "cross_attention": ("multihead_attn", 2)}  # fmt: skip
+    for name, array in arrays.items():
+        layer, _, rest = name.partition("/")
+        side, _, number = layer.partition("_")
+        path = f"{prefix}{side}.layers.{number}"
+        part, _, leaf = rest.partition("/")
+        if part in attentions and leaf in ("w_o", "b_o"):
+            module = f"{path}.{attentions[part][0]}.out_proj"
+            state[f"{module}.{'weight' if leaf == 'w_o' else 'bias'}"] = array.T
+        elif part in attentions and leaf in ("w_q", "b_q"):
+            letters = [arrays[f"{layer}/{part}/{leaf[0]}_{c}"].T for c in "qkv"]
+            kind = "weight" if leaf == "w_q" else "bias"
+            state[f"{path}.{attentions[part][0]}.in_proj_{kind}"] = np.concatenate(letters)
+        elif part == "feed_forward":
+            kind = "weight" if leaf[0] == "w" else "bias"
+            state[f"{path}.linear{leaf[1]}.{kind}"] = array.T
+        elif part.endswith("_norm"):
+            last = 2 if side == "encoder" else 3
+            place = last if part == "feed_forward_norm" else attentions[part[:-5]][1]
+            kind = "weight" if leaf == "scale" else "bias"
+            state[f"{path}.norm{place}.{kind}"] = array
+        elif layer in ("encoder_norm", "decoder_norm"):
+            state[f"{prefix}{side}.norm.{'weight' if rest == 'scale' else 'bias'}"] = array
+    return state

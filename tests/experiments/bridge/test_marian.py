@@ -11,19 +11,16 @@ import sys
 import bridging
 import numpy as np
 import pytest
+from bridging import TEXT, assert_same, translator_of
 from checks import assert_refuses
 from safetensors.numpy import load_file, save_file
 
 import tfm
 from experiments.bridge.files import BridgeError, Folder
-from experiments.bridge.links import flat, tree
+from experiments.bridge.links import flat
 from experiments.bridge.marian import export_marian, import_marian
 from experiments.bridge.marian_model import refuse_what_marian_lacks
 from experiments.translation.subwords import train_subwords
-from experiments.translation.translator import Settings, Translator
-
-TEXT = [f"a small {animal} saw {n} of the {things}" for animal in ("frog", "dog", "owl")
-        for n in ("one", "two", "none") for things in ("houses", "trees", "stones")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,34 +28,10 @@ def subwords():
     return train_subwords(TEXT, 280)
 
 
-def translator_of(subwords, target=None, **changes):
-    target = target or subwords
-    sizes = {"vocab_size": target.size}
-    if target is not subwords:
-        sizes["source_vocab_size"] = subwords.size
-    config = bridging.config_with(**(sizes | changes))
-    arrays = bridging.random_arrays(config, 5)
-    settings = Settings(source_length=50, target_length=45, beam=3, alpha=0.5)
-    return Translator(
-        tfm.Transformer(config), tree(arrays), source=subwords, target=target, settings=settings
-    )
-
-
 @pytest.fixture
 def exported(subwords, tmp_path):
     export_marian(tmp_path, translator_of(subwords))
     return tmp_path
-
-
-def assert_same(one, other):
-    assert one.model.config == other.model.config
-    assert one.settings == other.settings
-    before, after = flat(one.params), flat(other.params)
-    assert before.keys() == after.keys()
-    for name in before:
-        assert before[name].tobytes() == after[name].tobytes(), name
-    for side in ("source", "target"):
-        assert getattr(one, side).sha256 == getattr(other, side).sha256
 
 
 @pytest.mark.parametrize(
