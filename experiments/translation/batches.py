@@ -6,7 +6,7 @@ from typing import NamedTuple
 SHORTEST = 16  # tokens of the narrowest batch; each wider one is twice as wide
 ROWS = 64  # sentences of a batch at most
 TOKENS = 4096  # sentences times width at most, for memory
-LOGITS = 256  # sentences times hypotheses at most, for memory: logits are [B, W, V]
+LOGITS = 128  # sentences times hypotheses at most: more were slower, and logits are [B, W, V]
 SCORED = 2048  # sentences times width at most where logits are [B, T, V]
 
 

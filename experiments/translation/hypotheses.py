@@ -53,11 +53,20 @@ def joined(parts: Sequence[Hypothesis]) -> Hypothesis:
 
 def best_of_parts(found: Sequence[list[Hypothesis]], n: int) -> list[Hypothesis]:
     """The n best translations of a sentence, each part's in any rank, by the sum of the scores."""
-    best: list[tuple[Hypothesis, ...]] = [()]
+    best: list[tuple[float, tuple | None]] = [(0.0, None)]  # (score, (what came before, the last))
     for hypotheses in found:
-        longer = [(*before, one) for before in best for one in hypotheses]
-        best = sorted(longer, key=lambda parts: -math.fsum(p.score for p in parts))[:n]
-    return [joined(parts) for parts in best]
+        longer = [(score + h.score, (before, h)) for score, before in best for h in hypotheses]
+        best = sorted(longer, key=lambda one: -one[0])[:n]
+    return [joined(_in_order(last)) for _, last in best]
+
+
+def _in_order(last: tuple | None) -> list[Hypothesis]:
+    """The hypotheses of a chain of (what came before, the last)."""
+    parts = []
+    while last is not None:
+        last, hypothesis = last
+        parts.append(hypothesis)
+    return parts[::-1]
 
 
 def pharaoh(links: Sequence[tuple[int, int]]) -> str:

@@ -13,7 +13,6 @@ from experiments.data import padded
 from experiments.run_folder import RunFolderError
 from experiments.translation import batches, generation
 from experiments.translation.ensemble import EnsembleError, ensemble, load_together
-from experiments.translation.hypotheses import pharaoh
 from experiments.translation.long import TooLongError
 from experiments.translation.subwords import SubwordError, Subwords
 from experiments.translation.translator import Settings, load, write
@@ -253,7 +252,6 @@ def test_alignments_are_where_the_last_layer_but_one_looks(either):
         heads = reference(either, source, ids)[1][0]  # of the first of two layers
         places = heads.mean(0)[:-1, :-1].argmax(-1)
         assert links == [(place, j) for j, place in enumerate(places)]
-    assert pharaoh([(2, 0), (0, 1)]) == "2-0 0-1"
 
 
 def test_a_pair_that_is_too_long_is_refused_by_its_side(translator):
