@@ -20,6 +20,8 @@ EXPERIMENTS = {
     "variants": "Say what differs between the models that bear the paper's name.",
     "predict": "Pronounce or translate standard input with a trained model, line for line.",
     "score": "Give the log-probability of translations on standard input.",
+    "import": "Take over a translation model of another library (Marian, torch.nn.Transformer).",
+    "export": "Write a translation model for another library (Marian, CTranslate2).",
 }
 
 
@@ -96,6 +98,24 @@ def score(arguments: list[str]) -> None:
     from experiments.translation.score import ScoreConfig, run
 
     run(tyro.cli(ScoreConfig, args=arguments, prog="python -m experiments.run score"))
+
+
+def import_(arguments: list[str]) -> None:
+    """Parses the flags, and makes a run folder of another library's model."""
+    import tyro
+
+    from experiments.bridge.convert import ImportConfig, run_import
+
+    run_import(tyro.cli(ImportConfig, args=arguments, prog="python -m experiments.run import"))
+
+
+def export(arguments: list[str]) -> None:
+    """Parses the flags, and writes a run's model as another library has it."""
+    import tyro
+
+    from experiments.bridge.convert import ExportConfig, run_export
+
+    run_export(tyro.cli(ExportConfig, args=arguments, prog="python -m experiments.run export"))
 
 
 def claims(arguments: list[str]) -> None:
@@ -175,7 +195,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(2)
     flags = arguments[1:] if arguments[:1] == [name] else arguments
     try:
-        globals()[name](flags)
+        globals()["import_" if name == "import" else name](flags)  # a word of Python's
     except KeyboardInterrupt:  # a training saves first
         sys.exit(130)
     except SystemExit:  # named, so that leaving does not import what the next line needs

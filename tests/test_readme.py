@@ -35,6 +35,8 @@ def test_parameter_counts_are_those_of_the_presets():
 def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     import dataclasses
 
+    from experiments.bridge.convert import ExportConfig, ImportConfig
+
     from experiments.bench.cost import CostConfig
     from experiments.bench.referee import BenchConfig
     from experiments.claims.ledger import ClaimsConfig
@@ -44,11 +46,13 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     from experiments.translation.score import ScoreConfig
     from experiments.variants import VariantsConfig
 
-    lines = re.findall(r"python -m experiments\.run(.*)", README)
+    pages = README + (ROOT / "docs" / "translation.md").read_text(encoding="utf-8")
+    lines = re.findall(r"python -m experiments\.run(.*)", pages)
     assert len(lines) > 4
     configs = {
         "predict": PredictConfig, "claims": ClaimsConfig, "bench": BenchConfig, "cost": CostConfig,
-        "translate": TranslateConfig, "score": ScoreConfig, "variants": VariantsConfig,
+        "import": ImportConfig, "export": ExportConfig, "translate": TranslateConfig,
+        "score": ScoreConfig, "variants": VariantsConfig,
     }  # fmt: skip
     for line in lines:
         config = configs.get(line.split()[0] if line.split() else "", PronounceConfig)

@@ -424,7 +424,10 @@ def test_help_lists_every_experiment_with_a_sentence(flag, capsys):
     for name, sentence in command.EXPERIMENTS.items():
         assert sentence.rstrip().endswith(".")
         assert re.search(rf"^ *{name} +{re.escape(sentence)}$", out, re.MULTILINE)
-    assert set(command.EXPERIMENTS) == {"pronounce", "claims", "bench", "cost", "predict"}
+    assert set(command.EXPERIMENTS) == {
+        "pronounce", "translate", "claims", "bench", "cost", "variants", "predict", "score",
+        "import", "export",
+    }  # fmt: skip
 
 
 def test_an_unknown_experiment_leaves_with_2_and_the_list(capsys):
