@@ -4,7 +4,9 @@ Their beam search divides a hypothesis's log-probability by nᵅ (`penalty="powe
 paper's ((5 + n)/6)ᵅ; a model whose settings say "paper" is written with the same α, and ranks there
 by nᵅ. Their search also takes the logits of padding for a symbol's and then forbids it, where ours
 leaves it out of the distribution. A `>>deu<<` that selects a language is a piece there; here it is
-one only where the SentencePiece model has it.
+one only where the SentencePiece model has it. To serve a model with CTranslate2 write it out by
+`ctranslate2.export_ctranslate2`: that library's own converter takes it for granted that a Marian
+model starts from zeros, which one trained here does not.
 """
 
 from pathlib import Path

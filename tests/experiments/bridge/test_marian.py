@@ -88,6 +88,15 @@ def test_it_decodes_the_same_after_a_round_trip_of_another_layout(subwords, tmp_
     np.testing.assert_allclose(np.concatenate(one), np.concatenate(other), rtol=0, atol=1e-4)
 
 
+def test_padding_is_the_last_id_there(exported):
+    """As in every Marian model: CTranslate2's converter of these counts on it."""
+    config = json.loads((exported / "config.json").read_text())
+    ids = json.loads((exported / "vocab.json").read_text())
+    assert config["pad_token_id"] == ids["<pad>"] == 279
+    assert (config["decoder_start_token_id"], config["eos_token_id"]) == (0, 1)
+    assert (ids["<s>"], ids["</s>"], ids["<unk>"]) == (0, 1, 2)
+
+
 def test_biases_trained_there_are_kept(exported):
     tensors = load_file(exported / "model.safetensors")
     tensors["model.encoder.layers.0.self_attn.q_proj.bias"][0] = 1
