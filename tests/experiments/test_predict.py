@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,16 @@ def test_the_length_penalty_is_that_of_the_run(said):
         assert plain.phones == penalised.phones
         length = min(len(plain.phones) + 1, TARGET_LENGTH)  # the end symbol, where there is one
         assert penalised.score == pytest.approx(plain.score / ((5 + length) / 6), rel=1e-5)
+
+
+def test_the_length_penalty_of_the_call_goes_before_that_of_the_run(said, run, monkeypatch, capsys):
+    monkeypatch.setattr(predict_module, "load", lambda *_: said)
+    lines = {}
+    for alpha in (None, 0.6, 2.0):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\ncab\n")))
+        predict_module.run(PredictConfig(run=run, nbest=1, alpha=alpha))
+        lines[alpha] = capsys.readouterr().out
+    assert lines[None] == lines[0.6] != lines[2.0]
 
 
 def test_nbest_has_scores_best_first_and_keeps_step(said):

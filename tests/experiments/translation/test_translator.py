@@ -128,7 +128,7 @@ def test_a_beam_of_one_is_greedy(translator):
 
 
 def test_a_translation_that_needs_more_room_gets_it(translator, monkeypatch):
-    expected = translator.nbest(SENTENCES, 2)
+    expected, drawn = translator.nbest(SENTENCES, 2), translator.sample(SENTENCES, seed=1)
     longest = max(len(h.ids) for hypotheses in expected for h in hypotheses if h.ended)
     rooms = []
     real = generation.decode
@@ -143,6 +143,7 @@ def test_a_translation_that_needs_more_room_gets_it(translator, monkeypatch):
     # With room to go on, hypotheses that had not ended may overtake; the best ones do not change.
     found = translator.nbest(SENTENCES, 1)
     assert [h.ids for (h,) in found] == [h[0].ids for h in expected]
+    assert tokens_of(translator.sample(SENTENCES, seed=1)) == tokens_of(drawn)
     assert rooms[0] == 4 and 8 in rooms and 8 < longest <= max(rooms)
 
 
@@ -195,6 +196,14 @@ def test_the_rest_is_searched_as_if_the_prefix_had_been_read(translator):
     ((best,),) = translator.nbest(SENTENCES[:1], beam=1, prefixes=["the cat"])
     greedy = reference_log_probs(translator, SENTENCES[0], best.ids).argmax(-1)
     assert best.ids[len(forced) :] == tuple(greedy.tolist()[len(forced) :])
+
+
+def test_a_prefix_as_long_as_its_array_ends_all_the_same(translator):
+    prefix = "runs runs runs a"
+    forced = translator.forced(prefix)
+    assert len(forced) == 16
+    ((best,),) = translator.nbest(["house cat"], prefixes=[prefix])
+    assert list(best.ids[:16]) == forced and best.ended and best.ids[16:] != best.ids[15:16] * 8
 
 
 def test_a_prefix_that_leaves_no_room_is_refused(translator):
