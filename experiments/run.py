@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -64,7 +65,7 @@ def translate(arguments: list[str]) -> None:
     chosen.add_argument("--variant", choices=list(VARIANTS), default="paper")
     known = chosen.parse_known_args(arguments)[0]
     # "from" is a word of Python's, and cannot be a field.
-    arguments = ["--from-run" if a == "--from" else a for a in arguments]
+    arguments = [re.sub(r"^--from(?==|$)", "--from-run", a) for a in arguments]
     config = tyro.cli(
         TranslateConfig, default=TranslateConfig(**configured(known.preset, known.variant)),
         args=arguments, prog="python -m experiments.run translate",

@@ -119,12 +119,14 @@ class RunFolder:
         config: dict[str, Any],
         may_differ: Collection[str],
         check: Callable[[], None] = lambda: None,
+        rewrite: bool = True,
     ) -> Iterator[None]:
         """Makes the folder, holds it for this process alone, and writes config.json.
 
         Raises RunFolderError, and writes nothing, where it cannot, where another process holds the
         folder, or where it holds another config, old and new values named. Fields in `may_differ`
-        do not change what is learned, and may change between resumptions.
+        do not change what is learned, and may change between resumptions. Without `rewrite` a
+        config.json that is there stays, until it is clear that there is anything to do.
         """
         with named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,8 @@ class RunFolder:
         with held:
             self._check(config, may_differ)
             check()
-            write_json(self.path / "config.json", config)
+            if rewrite or self.read("config.json") is None:
+                write_json(self.path / "config.json", config)
             yield
 
     def set_aside(self, steps: int) -> None:

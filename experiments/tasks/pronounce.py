@@ -218,11 +218,12 @@ def run(config: PronounceConfig) -> None:
     identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
     identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
     check = partial(check_newest, folder, config.steps, identity)
-    with folder.claim(as_json, MAY_DIFFER, check):
+    with folder.claim(as_json, MAY_DIFFER, check, rewrite=False):
         done = folder.read("results.json")
         if done and done.get("steps") == config.steps:
             print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
             return
+        write_json(folder.path / "config.json", as_json)
         if done:
             folder.set_aside(done.get("steps", 0))
         sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]

@@ -1,75 +1,35 @@
 """Learn to translate from parallel text of one's own."""
 
+import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import chex
 import jax
 import numpy as np
 
+from experiments.errors import UserError
 from experiments.keeper import check_newest, write_final
-from experiments.run_folder import RunFolder, named, plain, write_json
+from experiments.run_folder import RunFolder, RunFolderError, named, plain, write_json
 from experiments.tasks.training import fit, make_valid_loss
-from experiments.tasks.translate_config import MAY_DIFFER, TranslateConfig
+from experiments.tasks.translate_config import MAY_DIFFER, TranslateConfig, configured
 from experiments.tasks.translate_report import report
+from experiments.tasks.translate_texts import Texts, read
 from experiments.translation import bleu
 from experiments.translation.cleaning import Clean
 from experiments.translation.store import Store, fetch_store, plan_rows, stored_batches
 from experiments.translation.subwords import Subwords, train_subwords
-from experiments.translation.text import CorpusError, Files, Hub, Pair
+from experiments.translation.text import CorpusError
 from experiments.translation.translator import Settings, Translator, load
 from tfm.averaging import average
 from tfm.checkpoint import Checkpoints, state_sha256
 from tfm.model import Transformer
 from tfm.sharing import export_params
 from tfm.training import TrainState
-
-CARVED = 1000  # most pairs that become the validation text where none is given
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """The text of one run."""
-
-    train: Files | Hub
-    valid: list[Pair]
-    test: list[Pair]
-    sha256: dict[str, Any]
-    """What each part was, as JSON."""
-
-
-def _carve(corpus: Iterable[Pair]) -> Iterator[Pair]:
-    """One sound pair in a hundred, by a hash of it."""
-    for source, target in Clean(corpus):
-        digest = hashlib.blake2b(f"{source}\0{target}".encode(), digest_size=8).digest()
-        if int.from_bytes(digest, "big") % 100 == 0:
-            yield source, target
-
-
-def read(config: TranslateConfig) -> Texts:
-    """All validation and test text, and where the training text is.
-
-    Raises CorpusError: none is named; of the text, or too little of it to carve validation from.
-    """
-    if bool(config.train) == (config.dataset is not None):
-        raise CorpusError("give the training text: --train SOURCE TARGET, or --dataset NAME")
-    if config.dataset is None:
-        train: Files | Hub = Files(config.train)
-    else:
-        train = Hub(config.dataset, *(config.dataset_columns or ()))
-    parts = {
-        name: Files(getattr(config, name)) for name in ("valid", "test") if getattr(config, name)
-    }
-    valid = list(parts["valid"] if "valid" in parts else itertools.islice(_carve(train), CARVED))
-    if not valid:
-        raise CorpusError("too few training pairs to carve validation pairs from: give --valid")
-    test = list(parts["test"]) if "test" in parts else valid
-    identities = {name: part.identity() for name, part in {"train": train, **parts}.items()}
-    return Texts(train, valid, test, identities)
 
 
 def _vocabulary(
@@ -202,6 +162,11 @@ def chosen_weights(
     place = folder.best if config.weights == "best" else folder.checkpoints
     with Checkpoints(place, read_only=True) as checkpoints:
         steps = checkpoints.steps
+        if not steps:
+            raise RunFolderError(
+                f"{place}: no checkpoint that --weights {config.weights} could take; "
+                "--weights last takes the parameters of the last step"
+            )
         trees = [checkpoints.restore_params(step, last) for step in steps]
     if config.weights == "best":
         return trees[-1], f"of step {steps[-1]}, the lowest validation loss"
@@ -277,19 +242,71 @@ def finish(
     write_json(folder.path / "results.json", results)
 
 
+def begun_from(config: TranslateConfig, start: Translator) -> TranslateConfig:
+    """The config with the model of the run to start from.
+
+    Raises UserError where flags ask for another model or vocabulary, or the lengths for more than
+    its learned positions.
+    """
+    usual = configured(config.preset, config.variant)["model"]
+    flags = [
+        f"--model.{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(usual)
+        if getattr(config.model, field.name)
+        not in (getattr(usual, field.name), getattr(start.model.config, field.name))
+    ]
+    if config.vocabulary_size not in (None, start.target.size):
+        flags.append("--vocabulary-size")
+    if flags:
+        raise UserError(
+            f"{', '.join(flags)}: --from takes the model and the vocabulary of {config.from_run} "
+            "as they are"
+        )
+    try:
+        return dataclasses.replace(config, model=start.model.config)
+    except ValueError as error:
+        raise UserError(f"{config.from_run}: {error}") from None
+
+
+def is_finished(config: TranslateConfig, results: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether the results, made with the config `before`, are all that this command could make."""
+    as_far = results.get("steps") == config.steps or (
+        # Its patience ended it, and would again.
+        results.get("asked_steps") == config.steps and before.get("patience") == config.patience
+    )
+    return as_far and before.get("weights") == config.weights
+
+
+@contextlib.contextmanager
+def _withdrawn_unless_begun(folder: RunFolder) -> Iterator[None]:
+    """Where text or flags are refused before the first step, takes back what was made of them.
+
+    Else the folder would refuse the same command with the mistake mended.
+    """
+    try:
+        yield
+    except UserError:
+        begun = ("resumed_from.json", "results.json", "checkpoints", "final")
+        if not any((folder.path / name).exists() for name in begun):
+            for name in ("vocabulary", "vocabulary.partial", "tokens"):
+                shutil.rmtree(folder.path / name, ignore_errors=True)
+            (folder.path / "config.json").unlink(missing_ok=True)
+        raise
+
+
 def run(config: TranslateConfig) -> None:
     """The whole job: text, vocabulary, training, translation of the test, report."""
     texts = read(config)
     start = None if config.from_run is None else load(config.from_run)
     if start is not None:
-        config = dataclasses.replace(config, model=start.model.config)
+        config = begun_from(config, start)
     as_json = plain(config) | {"task": "translate", "corpora": texts.sha256}
     if start is not None:
         as_json["start_sha256"] = state_sha256(_state_of(start), None)
     folder = RunFolder(config.run)
-    with folder.claim(as_json, MAY_DIFFER):
+    with folder.claim(as_json, MAY_DIFFER, rewrite=False), _withdrawn_unless_begun(folder):
         done = folder.read("results.json")
-        if done and config.steps in (done.get("steps"), done.get("asked_steps")):
+        if done and is_finished(config, done, folder.read("config.json")):
             print(f"{config.run} is finished ({done['steps']} steps); a larger --steps extends it")
             return
         prepared = prepare(config, texts, folder, start, as_json)

@@ -8,6 +8,7 @@ from experiments.tasks.training import MAY_DIFFER as TRAININGS_MAY_DIFFER
 from experiments.tasks.training import TrainingConfig
 from experiments.translation.cleaning import Limits
 from experiments.variants import Name
+from tfm.config import BASE, BIG
 from tfm.decoding import Penalty
 from tfm.variants import VARIANTS
 
@@ -64,7 +65,7 @@ _SIZES = {
     "small": {"d_model": 256, "d_ff": 1024, "num_heads": 4, "num_encoder_layers": 3,
               "num_decoder_layers": 3},
     "base": {},
-    "big": {"d_model": 1024, "d_ff": 4096, "num_heads": 16, "dropout_rate": 0.3},
+    "big": {name: value for name, value in vars(BIG).items() if value != getattr(BASE, name)},
 }  # fmt: skip
 _TRAININGS = {
     "small": {"steps": 10_000, "rows": 16, "learning_rate": 1e-3, "warmup_steps": 1000},

@@ -12,6 +12,7 @@ from rich.table import Table
 from experiments.figures import PANELS, Panel
 from experiments.page import Section, Tile, learning, page, settings, tiles, training_tiles
 from experiments.run_folder import RunFolder, write_text
+from experiments.translation.lines import one_line
 from experiments.translation.text import Pair
 
 SHOWN, PRINTED = 20, 3  # translations in the report, and on standard output
@@ -104,7 +105,7 @@ def report(
     """Prints the scores; writes translations.tsv and report.html."""
     rows = [("source", "reference", "model")]
     rows += [(*pair, found) for pair, found in zip(test, translations, strict=True)]
-    lines = ("\t".join(text.replace("\t", " ") for text in row) + "\n" for row in rows)
+    lines = ("\t".join(one_line(text) for text in row) + "\n" for row in rows)
     write_text(folder.path / "translations.tsv", "".join(lines))
     sections = [
         _scores(results),

@@ -1,16 +1,23 @@
 """The translation task from end to end, on a language of twenty words that a small model learns."""
 
+import dataclasses
 import gzip
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from killing import call
 
+from experiments.errors import UserError
+from experiments.run_folder import RunFolder, RunFolderError, plain
+from experiments.tasks import translate_texts
+from experiments.tasks.translate import begun_from, chosen_weights, is_finished
 from experiments.tasks.translate_config import TranslateConfig, configured
-from experiments.tasks.translate_report import unpicked
+from experiments.tasks.translate_report import report, unpicked
+from experiments.translation.cleaning import Limits
 from experiments.translation.translator import load
 from tfm.checkpoint import Checkpoints
 from tfm.variants import VARIANTS
@@ -137,8 +144,7 @@ def test_patience_and_averaging(text, tmp_path):
              "--keep-checkpoints", "2"]  # fmt: skip
     assert call("translate", "--run", run, "--steps", 400, *text, *flags) == 0
     results = read(run, "results.json")
-    if results["stopped_early"]:
-        assert results["steps"] < 400
+    assert results["stopped_early"] == (results["steps"] < 400)
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         steps, like = checkpoints.steps, load(run).params
         assert f"average of the steps {', '.join(map(str, steps))}" == results["weights"]
@@ -173,6 +179,106 @@ def test_what_is_wrong_with_the_text_is_one_line(text, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("fault", ["lengths", "vocabulary", "validation"])
+def test_the_command_with_its_mistake_mended_is_not_refused(text, tmp_path, capsys, fault):
+    target, flags = tmp_path / "train.de", []
+    target.write_bytes(text[2].read_bytes())
+    if fault == "lengths":
+        target.write_text("eins\n")
+    else:
+        wrong = {"vocabulary": ["--vocabulary-size", "9000"], "validation": ["--source-length", 1]}
+        flags = wrong[fault]
+    run, own = tmp_path / "run", [text[0], text[1], target, *text[3:]]
+    assert call("translate", "--run", run, "--steps", 1, *own, *TINY, *flags) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in run.iterdir()] == [".lock"]
+    target.write_bytes(text[2].read_bytes())
+    config = configured("small", "paper") | {"run": run}  # another config than the refused one's
+    with RunFolder(run).claim(plain(TranslateConfig(**config)), ()):
+        pass
+
+
+def test_a_finished_run_keeps_the_config_that_made_it(finished, text, capsys):
+    before = (finished / "config.json").read_bytes()
+    quiet = ["--log-every", 7]
+    assert call("translate", "--run", finished, "--steps", STEPS, *text, *TINY, *quiet) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert (finished / "config.json").read_bytes() == before
+    assert read(finished, "config.json")["model"]["vocab_size"] == 300
+
+
+def test_a_run_is_finished_where_the_command_would_change_nothing():
+    config = TranslateConfig(steps=50, patience=2)
+    stopped, before = {"steps": 20, "asked_steps": 50}, {"patience": 2, "weights": "best"}
+    assert is_finished(config, stopped, before)
+    assert not is_finished(dataclasses.replace(config, steps=60), stopped, before)
+    assert not is_finished(dataclasses.replace(config, patience=3), stopped, before)
+    assert not is_finished(dataclasses.replace(config, weights="last"), stopped, before)
+    assert is_finished(dataclasses.replace(config, steps=20, patience=3), stopped, before)
+
+
+@pytest.mark.slow
+def test_other_weights_of_a_finished_run_are_taken_without_training(finished, text, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    flags = ["--run", run, "--steps", STEPS, *text, *TINY, "--weights"]
+    assert call("translate", *flags, "last") == 0
+    now, before = read(run, "results.json"), read(finished, "results.json")
+    assert now["weights"] == "of the last step"
+    assert now["state_sha256"] == before["state_sha256"]
+    assert read(run, f"results-{STEPS}.json") == before
+    assert read(run, "config.json")["weights"] == "last"
+
+
+def test_a_lost_best_is_told_in_one_line(tmp_path):
+    config = TranslateConfig()
+    with pytest.raises(RunFolderError, match="best: no checkpoint that --weights best"):
+        chosen_weights(config, RunFolder(tmp_path), {})
+
+
+def test_fine_tuning_refuses_another_model_by_its_flags(finished, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    cases = [
+        (["--from", finished, "--model.dropout-rate", "0.3"], ["--model.dropout-rate: --from"]),
+        ([f"--from={finished}", "--vocabulary-size", "400"], ["--vocabulary-size: --from"]),
+        (["--from", tmp_path / "gone"], ["gone: not the folder of a translation run"]),
+    ]
+    for flags, words in cases:
+        assert call("translate", "--run", run, *text, *TINY, *flags) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert not run.exists()
+
+
+def test_fine_tuning_refuses_lengths_beyond_the_learned_positions(finished):
+    start = load(finished)
+    model = dataclasses.replace(start.model.config, positions="learned", max_learned_positions=24)
+    start = SimpleNamespace(model=SimpleNamespace(config=model), target=start.target)
+    config = TranslateConfig(**configured("small", "paper") | {"from_run": finished})
+    with pytest.raises(UserError, match="max_learned_positions=24"):
+        begun_from(config, start)
+    made = begun_from(dataclasses.replace(config, source_length=24, target_length=24), start)
+    assert made.model == model
+
+
+def test_no_test_pair_is_carved_for_validation(tmp_path):
+    pairs = [f"word {i}\twort {i}\n" for i in range(2000)]
+    (tmp_path / "train.tsv").write_text("".join(pairs))
+    config = TranslateConfig(train=(tmp_path / "train.tsv",))
+    carved = translate_texts.read(config).valid
+    (tmp_path / "test.tsv").write_text("".join("\t".join(pair) + "\n" for pair in carved[:5]))
+    tested = dataclasses.replace(config, test=(tmp_path / "test.tsv",))
+    assert translate_texts.read(tested).valid == carved[5:]
+    limited = dataclasses.replace(config, limits=Limits(characters=8))
+    assert 0 < len(translate_texts.read(limited).valid) < len(carved)
+
+
+def test_a_translation_with_a_line_end_in_it_stays_one_line(finished, tmp_path, capsys):
+    results = read(finished, "results.json")
+    report({}, RunFolder(tmp_path), results, [("a\tb", "c")], ["d\ne\r"])
+    assert (tmp_path / "translations.tsv").read_text() == "source\treference\tmodel\na b\tc\td e \n"
+
+
 @pytest.mark.parametrize("preset", ["small", "base", "big"])
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_presets_and_variants_make_sound_configs(preset, variant):
@@ -181,6 +287,7 @@ def test_presets_and_variants_make_sound_configs(preset, variant):
     assert config.penalty == VARIANTS[variant].penalty
     sizes = {"small": 256, "base": 512, "big": 1024}
     assert config.model.d_model == sizes[preset]
+    assert config.model.dropout_rate == (0.3 if preset == "big" else 0.1)
 
 
 def test_unpicked_places_are_spread_and_in_bounds():
