@@ -75,11 +75,11 @@ def _settings(folder: Folder) -> Settings:
     given = folder.json("config.json")
     note = given.get(NOTE) or {}
     generation = given | folder.optional_json("generation_config.json")
-    positions = given.get("max_position_embeddings", 1024)
-    longest = generation.get("max_length") or positions + 1  # the start symbol counted
     try:
         if isinstance(note, dict) and "settings" in note:
             return Settings(**note["settings"])
+        positions = given.get("max_position_embeddings") or 1024
+        longest = generation.get("max_length") or positions + 1  # the start symbol counted
         return Settings(
             source_length=positions,
             target_length=min(positions, longest - 1),

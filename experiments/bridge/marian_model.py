@@ -84,6 +84,7 @@ def read_model(folder: Folder, source_pad: int | None = None) -> Marian:
     where = folder.weights()
     tensors = without_positions(where, folder.tensors(), fields["d_model"])
     tensors, tables = find_tables(where, tensors, fields)
+    _check_sizes(where, tensors, fields, tables["target"])
     config = _config(path, fields, shared="source" not in tables)
     tensors.setdefault("final_logits_bias", np.zeros((1, config.vocab_size), np.float32))
     arrays = take(where, tensors, _links(config, tables), shapes_of(config))
@@ -93,6 +94,22 @@ def read_model(folder: Folder, source_pad: int | None = None) -> Marian:
     theirs = target.tolist()
     start, eos = (theirs.index(fields[f"{n}_token_id"]) for n in ("decoder_start", "eos"))
     return Marian(config, arrays, start, eos, target, source)
+
+
+def _check_sizes(path: Path, tensors: Tensors, fields: dict[str, Any], table: str) -> None:
+    """So that a config of a billion layers or features is refused before they are counted up."""
+    for side in ("encoder", "decoder"):
+        last = f"model.{side}.layers.{fields[f'{side}_layers'] - 1}."
+        if not any(name.startswith(last) for name in tensors):
+            raise BridgeError(
+                f"{path}: tensors that are missing: all of {last[:-1]}, though the config says "
+                f"{side}_layers={fields[f'{side}_layers']}"
+            )
+    wanted = [fields["decoder_vocab_size"], fields["d_model"]]
+    found = list(tensors[table].shape) if table in tensors else None
+    if found != wanted:
+        how = f"of another shape: {table} {found}, not" if found else f"missing: {table}"
+        raise BridgeError(f"{path}: tensors that are {how} {wanted}")
 
 
 def _fields(path: Path, given: dict[str, Any]) -> dict[str, Any]:
