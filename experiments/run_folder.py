@@ -147,7 +147,7 @@ class RunFolder:
 
         The results first, so that a folder cut short in between counts as unfinished.
         """
-        for name in ("results.json", "report.html", "learning_curve.svg"):
+        for name in ("results.json", "report.html", "translations.tsv", "learning_curve.svg"):
             file = self.path / name
             if file.exists():
                 file.replace(file.with_stem(f"{file.stem}-{steps}"))

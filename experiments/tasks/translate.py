@@ -56,9 +56,20 @@ def _vocabulary(
 
 
 def resolve(config: TranslateConfig, source: Subwords, target: Subwords) -> TranslateConfig:
-    """The config with the vocabulary sizes of the data."""
+    """The config with the vocabulary sizes of the data.
+
+    Raises UserError where --model names other sizes than the vocabularies have.
+    """
+    usual = configured(config.preset, config.variant)["model"]
     own_source = config.model.source_vocab_size is not None or source.sha256 != target.sha256
     sizes = {"vocab_size": target.size, "source_vocab_size": source.size if own_source else None}
+    for name, size in sizes.items():
+        asked = getattr(config.model, name)
+        if asked not in (size, getattr(usual, name)):
+            raise UserError(
+                f"--model.{name.replace('_', '-')}={asked}, but the vocabulary has {size} pieces: "
+                "see --vocabulary-size"
+            )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
 
 

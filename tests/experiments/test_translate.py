@@ -179,14 +179,18 @@ def test_what_is_wrong_with_the_text_is_one_line(text, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("fault", ["lengths", "vocabulary", "validation"])
+@pytest.mark.parametrize("fault", ["lengths", "vocabulary", "model", "validation"])
 def test_the_command_with_its_mistake_mended_is_not_refused(text, tmp_path, capsys, fault):
     target, flags = tmp_path / "train.de", []
     target.write_bytes(text[2].read_bytes())
     if fault == "lengths":
         target.write_text("eins\n")
     else:
-        wrong = {"vocabulary": ["--vocabulary-size", "9000"], "validation": ["--source-length", 1]}
+        wrong = {
+            "vocabulary": ["--vocabulary-size", "9000"],
+            "model": ["--model.vocab-size", "301"],
+            "validation": ["--source-length", 1],
+        }
         flags = wrong[fault]
     run, own = tmp_path / "run", [text[0], text[1], target, *text[3:]]
     assert call("translate", "--run", run, "--steps", 1, *own, *TINY, *flags) == 2
@@ -227,6 +231,7 @@ def test_other_weights_of_a_finished_run_are_taken_without_training(finished, te
     assert now["weights"] == "of the last step"
     assert now["state_sha256"] == before["state_sha256"]
     assert read(run, f"results-{STEPS}.json") == before
+    assert (run / f"translations-{STEPS}.tsv").exists()
     assert read(run, "config.json")["weights"] == "last"
 
 
