@@ -56,10 +56,12 @@ def _vocabulary(
 
 
 def resolve(config: TranslateConfig, source: Subwords, target: Subwords) -> TranslateConfig:
-    """The config with the vocabulary sizes of the data.
+    """The config with the vocabulary sizes of the data; that of a model to start from has them.
 
     Raises UserError where --model names other sizes than the vocabularies have.
     """
+    if config.from_run is not None:  # two vocabularies may share its one matrix, as Marian's do
+        return config
     usual = configured(config.preset, config.variant)["model"]
     own_source = config.model.source_vocab_size is not None or source.sha256 != target.sha256
     sizes = {"vocab_size": target.size, "source_vocab_size": source.size if own_source else None}

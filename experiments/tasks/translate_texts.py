@@ -38,7 +38,9 @@ def read(config: TranslateConfig) -> Texts:
     Raises CorpusError: none is named; of the text, or too little of it to carve validation from.
     """
     if bool(config.train) == (config.dataset is not None):
-        raise CorpusError("give the training text: --train SOURCE TARGET, or --dataset NAME")
+        raise CorpusError(
+            "give the training text by one of --train SOURCE TARGET and --dataset NAME"
+        )
     if config.dataset is None:
         train: Files | Hub = Files(config.train)
     else:

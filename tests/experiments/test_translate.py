@@ -18,7 +18,8 @@ from experiments.tasks.translate import begun_from, chosen_weights, is_finished
 from experiments.tasks.translate_config import TranslateConfig, configured
 from experiments.tasks.translate_report import report, unpicked
 from experiments.translation.cleaning import Limits
-from experiments.translation.translator import load
+from experiments.translation.subwords import train_subwords
+from experiments.translation.translator import load, write
 from tfm.checkpoint import Checkpoints
 from tfm.variants import VARIANTS
 
@@ -138,6 +139,19 @@ def test_fine_tuning_begins_with_what_is_known(finished, text, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_model_whose_two_vocabularies_share_a_matrix_is_fine_tuned(finished, text, tmp_path):
+    start = load(finished)  # as OPUS-MT models are: one list of pieces, two SentencePiece models
+    other = train_subwords((f"{s} {t}" for s, t in sentences(900, 3)), 290)
+    start = dataclasses.replace(start, source=dataclasses.replace(start.source, model=other.model))
+    write(tmp_path / "imported", start, {})
+    run = tmp_path / "run"
+    flags = ["--from", tmp_path / "imported", "--run", run, "--steps", 1, *text, *TINY]
+    assert call("translate", *flags) == 0
+    assert load(run).model.config == start.model.config
+    assert load(run).source.sha256 == start.source.sha256 != start.target.sha256
+
+
+@pytest.mark.slow
 def test_patience_and_averaging(text, tmp_path):
     run = tmp_path / "run"
     flags = [*TINY, "--learning-rate", "1e-9", "--patience", "1", "--weights", "average",
@@ -168,6 +182,7 @@ def test_what_is_wrong_with_the_text_is_one_line(text, tmp_path, capsys):
     short.write_text("eins\n")
     cases = [
         ([], ["--train SOURCE TARGET"]),
+        ([*text[:3], "--dataset", "name"], ["by one of --train SOURCE TARGET and --dataset"]),
         (["--train", text[1], short], ["short.de", "1", "900"]),
         (["--train", tmp_path / "gone"], ["gone"]),
         ([*text[:3], "--valid", text[1], short], ["short.de"]),
