@@ -180,6 +180,19 @@ def test_beam_search_of_the_same_rule_over_their_model(pair):
     assert not differ.any()
 
 
+def test_an_old_folder_holds_the_same(tmp_path):
+    """pytorch_model.bin with every name there is: repeated matrices, and tables of positions."""
+    model = random_marian(tmp_path, **SHAPES["shared, swish"])
+    new = read_model(Folder(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    state = model.state_dict()
+    assert "model.decoder.embed_positions.weight" in state and "lm_head.weight" in state
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    old = read_model(Folder(tmp_path))
+    assert old.config == new.config and old.arrays.keys() == new.arrays.keys()
+    assert all(np.array_equal(old.arrays[name], new.arrays[name]) for name in new.arrays)
+
+
 OURS = {
     "as trained here": {},
     "halves, swish, biases": {
