@@ -12,6 +12,7 @@ from experiments.translation.batches import batches, rows_to_decode
 from experiments.translation.hypotheses import Hypothesis
 from experiments.translation.search import Group, Rules, decode
 from experiments.translation.subwords import Subwords
+from tfm.decoding import Decoded, length_normalized_score
 
 # Room for a translation: so many times the tokens of its source, and so many more. More would make
 # every step dearer; where it does not do, there is a second time with twice as much.
@@ -55,8 +56,8 @@ class Generator:
     seed: int = 0  # of samples
 
     def __call__(self, jobs: Sequence[Job], done: Done) -> list[list[Hypothesis]]:
-        """n hypotheses of each job. Those that have not all ended are sought again with twice the
-        room, up to `target_length`."""
+        """n hypotheses of each job: those that `target_length` tokens of room would give to each
+        alone. Where less leaves them open, they are sought again with twice as much."""
         found: dict[int, list[Hypothesis]] = {}
         waiting, times = list(range(len(jobs))), 1
         rows_of = partial(rows_to_decode, hypotheses=self.rules.hypotheses)
@@ -67,9 +68,11 @@ class Generator:
                 members = [waiting[k] for k in batch.members]
                 chosen = [jobs[waiting[k]] for k in batch.filled]
                 room = self._room(chosen, batch.width, times)
-                for i, best in zip(members, self._decode(chosen, batch.width, room), strict=False):
-                    if room == self.target_length or all(h.ended for h in best):
-                        found[i] = best
+                decoded = self._decode(chosen, batch.width, room)
+                for i, job, row in zip(members, chosen, zip(*decoded, strict=True), strict=False):
+                    hypotheses = [self._hypothesis(*one) for one in zip(*row, strict=True)]
+                    if room == self.target_length or self.are_final(hypotheses, job):
+                        found[i] = hypotheses[: self.n]
                     else:
                         unfinished.append(i)
                 # A sentence in parts is one sentence.
@@ -82,8 +85,25 @@ class Generator:
         forced = up_to_16(max(len(job.prefix) for job in jobs), self.target_length)
         return min(times * (int(RATIO * width) + CONSTANT) + forced, self.target_length)
 
-    def _decode(self, jobs: Sequence[Job], width: int, room: int) -> list[list[Hypothesis]]:
-        """The hypotheses of one batch."""
+    def are_final(self, hypotheses: Sequence[Hypothesis], job: Job) -> bool:
+        """Whether more room would leave the first n of a job's hypotheses as they are.
+
+        It would where all have ended; and where those that have not can only come to scores below
+        the n-th, ln P / lp(`target_length`) at best, for ln P only falls. Not so after a prefix,
+        since the search ranks by what comes after it.
+        """
+        still_open = [h for h in hypotheses if not h.ended]
+        if self.rules.sampling or job.prefix:
+            return not still_open
+        rules, longest = self.rules, self.target_length
+        return all(
+            length_normalized_score(h.log_prob, longest, rules.alpha, rules.penalty)
+            < hypotheses[self.n - 1].score
+            for h in still_open
+        )
+
+    def _decode(self, jobs: Sequence[Job], width: int, room: int) -> Decoded:
+        """All hypotheses of one batch."""
         source = padded([job.source for job in jobs], width, len(jobs))
         prefix = keys = None
         if forced := up_to_16(max(len(job.prefix) for job in jobs), self.target_length):
@@ -91,11 +111,7 @@ class Generator:
         if self.rules.sampling:
             keys = _keys(np.uint32(self.seed), np.array([job.place for job in jobs], np.uint32))
         found = decode(self.groups, source, prefix, keys, rules=self.rules, length=room)
-        found = jax.device_get(jax.tree.map(lambda x: x[:, : self.n], found))
-        return [
-            [self._hypothesis(*one) for one in zip(*row, strict=True)]
-            for row in zip(*found, strict=True)
-        ]
+        return jax.device_get(found)
 
     def _hypothesis(
         self, tokens: np.ndarray, length: np.ndarray, log_prob: np.ndarray, score: np.ndarray
