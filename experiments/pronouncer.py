@@ -147,7 +147,7 @@ def load(run: str | Path, int8: bool = False) -> Pronouncer:
     """
     folder = RunFolder(Path(run))
     if folder.read("config.json") is None:
-        raise RunFolderError(f"{run}: not the folder of a pronunciation run (no config.json)")
+        raise RunFolderError(f"{run}: not the folder of a run (no config.json)")
     config, model, params = newest_model(folder)
     params = quantize(params) if int8 else params
     return Pronouncer(

@@ -320,7 +320,8 @@ def run(config: TranslateConfig) -> None:
     with folder.claim(as_json, MAY_DIFFER, rewrite=False), _withdrawn_unless_begun(folder):
         done = folder.read("results.json")
         if done and is_finished(config, done, folder.read("config.json")):
-            print(f"{config.run} is finished ({done['steps']} steps); a larger --steps extends it")
+            flag = "steps" if done["steps"] == config.steps else "patience"
+            print(f"{config.run} is finished ({done['steps']} steps); a larger --{flag} extends it")
             return
         prepared = prepare(config, texts, folder, start, as_json)
         as_json |= plain(prepared.config)

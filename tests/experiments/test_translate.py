@@ -236,6 +236,16 @@ def test_a_run_is_finished_where_the_command_would_change_nothing():
     assert is_finished(dataclasses.replace(config, steps=20, patience=3), stopped, before)
 
 
+def test_a_run_that_patience_ended_says_what_extends_it(finished, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    results = read(run, "results.json") | {"asked_steps": 90, "stopped_early": True}
+    (run / "results.json").write_text(json.dumps(results))
+    for steps, flag in ((STEPS, "--steps"), (90, "--patience")):
+        assert call("translate", "--run", run, "--steps", steps, *text, *TINY) == 0
+        assert f"({STEPS} steps); a larger {flag} extends it" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_other_weights_of_a_finished_run_are_taken_without_training(finished, text, tmp_path):
     run = tmp_path / "run"
