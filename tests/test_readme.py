@@ -35,10 +35,9 @@ def test_parameter_counts_are_those_of_the_presets():
 def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     import dataclasses
 
-    from experiments.bridge.convert import ExportConfig, ImportConfig
-
     from experiments.bench.cost import CostConfig
     from experiments.bench.referee import BenchConfig
+    from experiments.bridge.convert import ExportConfig, ImportConfig
     from experiments.claims.ledger import ClaimsConfig
     from experiments.predict import PredictConfig
     from experiments.tasks.pronounce import PronounceConfig
