@@ -8,7 +8,7 @@ import pytest
 from killing import TINY, call, write_words
 
 from experiments import loop
-from experiments.tasks import pronounce
+from experiments.tasks import pronounce, training
 from tfm.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
@@ -77,13 +77,13 @@ def test_a_resumed_run_ends_in_the_same_state(tmp_path, flags, whole, cuts, kind
 def test_a_signal_while_the_parameters_are_made_saves_the_first_step(
     tmp_path, flags, monkeypatch, capsys
 ):
-    init_state = pronounce.init_state
+    init_state = training.init_state
 
     def stop_and_init(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return init_state(*arguments)
 
-    monkeypatch.setattr(pronounce, "init_state", stop_and_init)
+    monkeypatch.setattr(training, "init_state", stop_and_init)
     assert call("--run", tmp_path, *flags) == 143
     assert "stopped and saved at step 1;" in capsys.readouterr().err
 
