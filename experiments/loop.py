@@ -164,8 +164,8 @@ def train(
                     display.say(f"stopped and saved at step {guard.step}; the same command goes on")
                     sys.exit(128 + stopping)
             if stalled:
-                told = f"{schedule.patience} evaluations without a lower validation loss"
-                display.say(f"stopped early at step {guard.step}: {told}")
+                told = f"evaluations without a lower validation loss: {schedule.patience}"
+                display.say(f"stopped early at step {guard.step}; {told}")
     facts = {
         "steps": guard.step,
         "stopped_early": guard.step < schedule.steps,

@@ -5,7 +5,8 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import chex
@@ -98,7 +99,11 @@ def prepare(
     source, target = _vocabulary(config, folder, clean, start)
     config = resolve(config, source, target)
     lengths = config.source_length, config.target_length
-    store, why = fetch_store(folder.path / "tokens", clean, source, target, lengths, texts.sha256)
+    place = folder.path / "tokens"
+    was_there = place.exists()
+    store, why = fetch_store(place, clean, source, target, lengths, texts.sha256)
+    if why and was_there:
+        print(f"{why}; written anew", file=sys.stderr)
     cleaned = store.facts["cleaned"]
     print(f"training text: {cleaned['pairs']:,} pairs, {cleaned['kept']:,} kept", flush=True)
     settings = Settings(*lengths, config.beam, config.alpha, config.penalty)
@@ -109,6 +114,12 @@ def prepare(
         "tokens_sha256": store.sha256,
     }
     return Prepared(config, source, target, store, json.loads(json.dumps(identity)))
+
+
+def translated(translator: Translator, sources: Sequence[str], **options: Any) -> list[str]:
+    """A translation of each sentence, in parts where it is too long; of a blank one a blank."""
+    found = iter(translator([s for s in sources if s.strip()], long="split", **options))
+    return [next(found) if s.strip() else "" for s in sources]
 
 
 def make_evaluate(prepared: Prepared, texts: Texts, translator: Translator):
@@ -134,7 +145,7 @@ def make_evaluate(prepared: Prepared, texts: Texts, translator: Translator):
 
     def evaluate(params: chex.ArrayTree) -> dict[str, float]:
         own = dataclasses.replace(translator, params=params)
-        found = bleu.bleu(own(sources, beam=1, long="split"), references)
+        found = bleu.bleu(translated(own, sources, beam=1), references)
         return {"valid_loss": valid_loss(params), "valid_bleu": found.score}
 
     return evaluate
@@ -242,7 +253,7 @@ def finish(
         if part == "valid" and texts.valid is texts.test:
             translations[part], measured[part] = translations["test"], measured["test"]
             continue
-        translations[part] = translator(sources, long="split")
+        translations[part] = translated(translator, sources)
         measured[part] = scores(translations[part], list(references))
     results = results_of(config, prepared, about, measured, texts)
     write_final(folder, translator.params, results["steps"], prepared.identity)

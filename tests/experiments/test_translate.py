@@ -14,7 +14,7 @@ from killing import call
 from experiments.errors import UserError
 from experiments.run_folder import RunFolder, RunFolderError, plain
 from experiments.tasks import translate_texts
-from experiments.tasks.translate import begun_from, chosen_weights, is_finished
+from experiments.tasks.translate import begun_from, chosen_weights, is_finished, translated
 from experiments.tasks.translate_config import TranslateConfig, configured
 from experiments.tasks.translate_report import report, unpicked
 from experiments.translation.cleaning import Limits
@@ -323,3 +323,11 @@ def test_presets_and_variants_make_sound_configs(preset, variant):
 def test_unpicked_places_are_spread_and_in_bounds():
     assert unpicked(1000, 4) == [0, 250, 500, 750]
     assert unpicked(3, 20) == [0, 1, 2] and unpicked(0) == []
+
+
+def test_a_blank_sentence_stays_blank():
+    def shout(sentences, long, beam):
+        assert long == "split" and beam == 1
+        return [sentence.upper() for sentence in sentences]
+
+    assert translated(shout, ["a", " ", "", "b"], beam=1) == ["A", "", "", "B"]
