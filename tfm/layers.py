@@ -39,8 +39,9 @@ class Functions:
 
         Transformer(config, Functions(feed_forward=mine))
 
-    It takes and returns what the function of that name in `tfm` does. The parameters stay as they
-    are, so a trained checkpoint fits either.
+    It takes and returns what the function of that name in `tfm` does; of its options those alone
+    that the config sets apart from the paper. The parameters stay as they are, so a trained
+    checkpoint fits either.
     """
 
     attention_weights: Callable[..., Array] = attention_weights
@@ -99,10 +100,14 @@ class FeedForward(nn.Module):
         b1 = self.param("b1", zeros, (c.d_ff,))
         w2 = matrix(self, "w2", (c.d_ff, c.d_model))
         b2 = self.param("b2", zeros, (c.d_model,))
-        return self.functions.feed_forward(
-            x, w1, b1, w2, b2, activation=ACTIVATIONS[c.activation], dropout_key=dropout_key,
-            dropout_rate=c.activation_dropout_rate, compute_dtype=jnp.dtype(c.compute_dtype),
-        )  # fmt: skip
+        # Only what departs from the paper, so that a function in its place need take no more.
+        options: dict[str, Any] = {}
+        if c.activation != "relu":
+            options["activation"] = ACTIVATIONS[c.activation]
+        if dropout_key is not None and c.activation_dropout_rate:
+            options |= {"dropout_key": dropout_key, "dropout_rate": c.activation_dropout_rate}
+        dtype = jnp.dtype(c.compute_dtype)
+        return self.functions.feed_forward(x, w1, b1, w2, b2, compute_dtype=dtype, **options)
 
 
 class MultiHeadAttention(nn.Module):

@@ -112,7 +112,8 @@ class Transformer(nn.Module):
             x += rows.get(mode="fill", wrap_negative_indices=False)
         else:
             up_to = c.first_position + (length if positions is None else positions)
-            rows = self.functions.sinusoidal_positions(up_to, c.d_model, c.sinusoid_layout)
+            layout = {} if c.sinusoid_layout == "interleaved" else {"layout": c.sinusoid_layout}
+            rows = self.functions.sinusoidal_positions(up_to, c.d_model, **layout)
             x += rows[c.first_position :] if positions is None else rows
         return x if dropout_key is None else dropout(dropout_key, x, c.dropout_rate)
 

@@ -14,7 +14,7 @@ from experiments.packing import packed_batches
 from experiments.pronouncer import Pronouncer
 from experiments.run_folder import RunFolder, named, plain, write_json
 from experiments.tasks.pronounce_report import report
-from experiments.tasks.training import MAY_DIFFER, TrainingConfig, fit, make_valid_loss
+from experiments.tasks.training import MAY_DIFFER, TrainingConfig, make_valid_loss, train_model
 from experiments.vocabulary import BOS, Vocabulary
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
@@ -152,7 +152,7 @@ def make_evaluate(
     return evaluate
 
 
-def learn(
+def fit(
     config: PronounceConfig,
     lexicons: Lexicons,
     examples: list[dict[str, Any]],
@@ -172,7 +172,7 @@ def learn(
         config.source_length, config.target_length, config.beam, config.alpha,
     )  # fmt: skip
     evaluate = make_evaluate(config, lexicons, untrained)
-    params, facts = fit(config, BOS, batches, evaluate, identity, folder)
+    params, facts = train_model(config, BOS, batches, evaluate, identity, folder)
     return dataclasses.replace(untrained, params=params), facts
 
 
@@ -228,7 +228,7 @@ def run(config: PronounceConfig) -> None:
             folder.set_aside(done.get("steps", 0))
         sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]
         print(*sizes, f"{config.model.parameter_count():,} parameters", sep=", ", flush=True)
-        pronouncer, about = learn(config, lexicons, examples, identity, folder)
+        pronouncer, about = fit(config, lexicons, examples, identity, folder)
         valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
         results = results_of(config, about, valid, test)
         report(as_json, lexicons, folder, pronouncer, results, test.hypotheses)

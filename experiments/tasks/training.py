@@ -151,7 +151,7 @@ def make_valid_loss(
     return valid_loss
 
 
-def fit(
+def train_model(
     config: TrainingConfig,
     bos: int,
     batches: Batches,

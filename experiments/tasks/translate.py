@@ -16,7 +16,7 @@ import numpy as np
 from experiments.errors import UserError
 from experiments.keeper import check_newest, write_final
 from experiments.run_folder import RunFolder, RunFolderError, named, plain, write_json
-from experiments.tasks.training import fit, make_valid_loss
+from experiments.tasks.training import make_valid_loss, train_model
 from experiments.tasks.translate_config import MAY_DIFFER, TranslateConfig, configured
 from experiments.tasks.translate_report import report
 from experiments.tasks.translate_texts import Texts, read
@@ -169,7 +169,7 @@ def learn(
     model = Transformer(config.model)
     untrained = Translator(model, {}, prepared.source, prepared.target, settings)
     evaluate = make_evaluate(prepared, texts, untrained)
-    params, facts = fit(
+    params, facts = train_model(
         config, prepared.target.bos, batches, evaluate, prepared.identity, folder,
         start=None if start is None else start.params,
     )  # fmt: skip

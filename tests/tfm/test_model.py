@@ -177,7 +177,8 @@ def test_dropout_acts_at_the_papers_places_and_nowhere_else(monkeypatch):
 
 
 def test_every_place_of_dropout_draws_with_its_own_key(monkeypatch):
-    keys, config = [], replace(PAPER, attention_dropout_rate=0.1)
+    keys, rates = [], {"attention_dropout_rate": 0.1, "activation_dropout_rate": 0.1}
+    config = replace(PAPER, **rates)
 
     def record(key, x, rate):
         keys.append(key)
