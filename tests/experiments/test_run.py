@@ -223,6 +223,7 @@ def test_another_config_is_refused_though_the_file_that_told_is_lost(finished, t
         (finished / "config.json").write_bytes(config)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_uninterrupted_then_extended(
     finished, tiny, tmp_path, monkeypatch, capsys
 ):

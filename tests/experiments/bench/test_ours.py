@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.bench.inputs import BOS, EOS, tokens
 from experiments.bench.ours import build, make_weights
@@ -14,6 +15,7 @@ TINY = TransformerConfig(
 )
 
 
+@pytest.mark.slow
 def test_hypotheses_stop_at_lengths_of_their_own(tmp_path):
     work = Decoding("x", TINY, 16, 1, peers={}, source=8, target=24, stopping=True)
     make_weights(work, tmp_path / "weights")

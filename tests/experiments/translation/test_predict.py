@@ -109,6 +109,7 @@ def test_beam_and_alpha_are_those_of_the_call(say, translator):
         assert line.split("\t")[1:] == [f"{best.score:.4f}", best.text]
 
 
+@pytest.mark.slow
 def test_samples_go_by_the_number_of_the_line(say, translator):
     found, _ = say(b"\nhouse cat\nsees\n", sample=True, seed=5, top_p=0.9, temperature=1.5)
     drawn = translator.sample(
@@ -117,6 +118,7 @@ def test_samples_go_by_the_number_of_the_line(say, translator):
     assert found == ["", *(one_line(h.text) for (h,) in drawn)]
 
 
+@pytest.mark.slow
 def test_prefixes_are_read_in_step(say, translator, tmp_path):
     file = tmp_path / "prefixes"
     file.write_bytes(b"\xef\xbb\xbfthe old\r\n\nnever\na")
@@ -147,6 +149,7 @@ def test_align_adds_a_column(say, translator):
     assert [line.split("\t")[3] for line in pairs[::2]] == shown
 
 
+@pytest.mark.slow
 def test_an_ensemble_and_eight_bits(say, run, translator):
     assert say(b"house cat", ensemble=(run,))[0] == translator(["house cat"])
     assert say(b"house cat", int8=True)[0] != [""]

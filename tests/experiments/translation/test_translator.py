@@ -127,6 +127,7 @@ def test_a_beam_of_one_is_greedy(translator):
         assert tuple(greedy.tolist()) == best.ids
 
 
+@pytest.mark.slow
 def test_a_translation_that_needs_more_room_gets_it(translator, monkeypatch):
     expected, drawn = translator.nbest(SENTENCES, 2), translator.sample(SENTENCES, seed=1)
     longest = max(len(h.ids) for hypotheses in expected for h in hypotheses if h.ended)
@@ -175,6 +176,7 @@ def test_impossible_searches(translator):
 # ---- prefixes
 
 
+@pytest.mark.slow
 def test_translations_begin_with_their_prefixes_whose_probability_counts(either):
     prefixes = ["", "the cat", "a", "home home home the old bird"] * 4
     found = either.nbest(SENTENCES, 2, prefixes=prefixes[: len(SENTENCES)])
@@ -212,6 +214,7 @@ def test_a_prefix_that_leaves_no_room_is_refused(translator):
 # ---- samples
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_its_line_and_the_seed_alone(either):
     together = either.sample(SENTENCES, 2, seed=3)
     for line in (0, 5, 13):
