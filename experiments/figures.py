@@ -144,18 +144,21 @@ def learning_curve(panel: Panel, metrics: Sequence[dict[str, Any]]) -> str:
     return inline(figure, panel.title, f"{panel.title}: {', '.join(told)}")
 
 
-def learning_curves_file(metrics: Sequence[dict[str, Any]]) -> str:
-    """Loss and word error rate side by side, as an SVG file that stands alone on white."""
+def learning_curves_file(
+    metrics: Sequence[dict[str, Any]], panels: Sequence[Panel] = PANELS[:2]
+) -> str:
+    """Panels (loss and error rate) side by side, as an SVG file that stands alone on white."""
     width, height, top = 281, 158, 34  # of one panel, as `learning_curve` draws it
-    parts = [f'<rect width="{2 * width}" height="{height + top}" fill="white"/>']
-    for index, panel in enumerate(PANELS[:2]):
+    whole = width * len(panels)
+    parts = [f'<rect width="{whole}" height="{height + top}" fill="white"/>']
+    for index, panel in enumerate(panels):
         curve = learning_curve(panel, metrics)
         place = f'<svg x="{width * index}" y="{top}" width="{width}" height="{height}"'
         parts.append(curve.replace("<svg", place, 1))
         for y, size, text in ((14, 12, panel.title), (28, 9.5, panel.note)):
             parts.append(f'<text x="{width * index + 8}" y="{y}" font-size="{size}">{text}</text>')
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width} {height + top}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {height + top}" '
         f'font-family="sans-serif" fill="#1c1e21">{"".join(parts)}</svg>\n'
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.figures import PANELS, Panel
+from experiments.figures import PANELS, Panel, learning_curves_file
 from experiments.page import Section, Tile, learning, page, settings, tiles, training_tiles
 from experiments.run_folder import RunFolder, write_text
 from experiments.translation.lines import one_line
@@ -102,7 +102,9 @@ def report(
     test: Sequence[Pair],
     translations: Sequence[str],
 ) -> None:
-    """Prints the scores; writes translations.tsv and report.html."""
+    """Prints the scores; writes translations.tsv, learning_curve.svg and report.html."""
+    curves = learning_curves_file(folder.metrics(), _PANELS[:2])
+    write_text(folder.path / "learning_curve.svg", curves)
     rows = [("source", "reference", "model")]
     rows += [(*pair, found) for pair, found in zip(test, translations, strict=True)]
     lines = ("\t".join(one_line(text) for text in row) + "\n" for row in rows)

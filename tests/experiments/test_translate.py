@@ -92,6 +92,7 @@ def test_translations_stand_beside_the_report(finished):
     assert tuple(load(finished)(sources)) == written
     report = (finished / "report.html").read_text()
     assert written[unpicked(50)[3]] in report and "tok:13a" in report
+    assert "BLEU" in (finished / "learning_curve.svg").read_text()
 
 
 def test_the_result_is_of_the_lowest_validation_loss(finished):
