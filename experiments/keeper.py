@@ -83,6 +83,11 @@ def newest_model(folder: RunFolder) -> tuple[dict[str, Any], Transformer, chex.A
     raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
 
 
+def without_moments(params: chex.ArrayTree, step: int) -> TrainState:
+    """Parameters as a checkpoint holds them, where there is nothing to go on training from."""
+    return TrainState(jnp.int32(step), params, {}, jax.random.PRNGKey(0))
+
+
 def write_final(
     folder: RunFolder, params: chex.ArrayTree, step: int, identity: dict[str, Any]
 ) -> None:
@@ -91,9 +96,8 @@ def write_final(
     Raises CheckpointError where it cannot be written.
     """
     shutil.rmtree(folder.final, ignore_errors=True)
-    state = TrainState(jnp.int32(step), params, {}, jax.random.PRNGKey(0))  # no moments
     with Checkpoints(folder.final) as checkpoints:
-        checkpoints.save(step, state, {"identity": identity})
+        checkpoints.save(step, without_moments(params, step), {"identity": identity})
 
 
 class Keeper:

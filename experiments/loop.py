@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from experiments.display import Display
 from experiments.errors import UserError
@@ -64,6 +64,7 @@ class Outcome(NamedTuple):
 class _Record:
     """Tells what the steps did: on the screen, in the log, and to the keeper of the best."""
 
+    folder: RunFolder
     keeper: Keeper
     guard: Guard
     meter: Meter
@@ -99,6 +100,24 @@ class _Record:
             self.display.say(validation_line(line))
             self.meter.restart()  # evaluating is not training's speed
         self.log.write(line)
+
+    def settle(self, state: TrainState, due: set[str], schedule: Schedule, at_once: bool) -> bool:
+        """Logs, evaluates and saves what is due; whether that has used up the patience."""
+        if at_once:
+            self.keeper.save(state, self.guard, self.meter)  # evaluating may take long
+        if "log" in due:
+            self.line(state, "evaluate" in due)
+        stalled = "evaluate" in due and schedule.stalls(self.folder)
+        if stalled or "save" in due:
+            self.keeper.save(state, self.guard, self.meter)
+        return stalled
+
+    def leave(self, signal: int) -> NoReturn:
+        """Ends the process once all is saved."""
+        self.keeper.wait()
+        step = self.guard.step
+        self.display.say(f"stopped and saved at step {step}; the same command goes on")
+        sys.exit(128 + signal)
 
 
 def train(
@@ -139,7 +158,7 @@ def train(
             if done:
                 display.say(f"resuming {folder.path} at step {done}")
 
-            record = _Record(keeper, guard, meter, log, display, learning_rate, evaluate)
+            record = _Record(folder, keeper, guard, meter, log, display, learning_rate, evaluate)
             stalled = schedule.stalls(folder)
             while guard.step < schedule.steps and not stalled:
                 batch = next(batches)
@@ -152,17 +171,9 @@ def train(
                 record.skips(0 if due or stopping else 1, schedule.most_skipped)
                 if guard.step != step:
                     due = set()  # a step was skipped, so this is not yet the one
+                stalled = record.settle(state, due, schedule, at_once=bool(stopping))
                 if stopping:
-                    keeper.save(state, guard, meter)  # at once: evaluating may take long
-                if "log" in due:
-                    record.line(state, "evaluate" in due)
-                    stalled = schedule.stalls(folder)
-                if stalled or "save" in due:
-                    keeper.save(state, guard, meter)
-                if stopping:
-                    keeper.wait()
-                    display.say(f"stopped and saved at step {guard.step}; the same command goes on")
-                    sys.exit(128 + stopping)
+                    record.leave(stopping)
             if stalled:
                 told = f"evaluations without a lower validation loss: {schedule.patience}"
                 display.say(f"stopped early at step {guard.step}; {told}")

@@ -119,6 +119,13 @@ def _append(state: _Search, choice: Array, chosen_log_probs: Array, eos: int, ca
     )
 
 
+def _continued(log_probs: Array, ended: Array) -> Array:
+    """ln P [B, W, V] of each continuation; an ended hypothesis has one: itself, in the column of
+    symbol 0."""
+    itself = jnp.where(jnp.arange(log_probs.shape[-1]) == 0, 0, -jnp.inf).astype(log_probs.dtype)
+    return jnp.where(ended[..., None], itself, log_probs)
+
+
 def _reorder(x: Array | Still, order: Array) -> Array | Still:
     """Takes hypotheses of each source: x [B, W, ...], order [B, W'] -> [B, W', ...]."""
     if isinstance(x, Still):
@@ -219,10 +226,7 @@ def beam_search(
         logits, cache = step(state.last, state.index, state.cache)
         log_probs = nn.log_softmax(logits.astype(state.log_probs.dtype))
         vocabulary = log_probs.shape[-1]
-        # An ended hypothesis has one continuation: itself, held in the column of symbol 0.
-        stay = jnp.where(jnp.arange(vocabulary) == 0, 0, -jnp.inf)
-        log_probs = jnp.where(state.ended[..., None], stay, log_probs)
-        totals = state.log_probs[..., None] + log_probs
+        totals = state.log_probs[..., None] + _continued(log_probs, state.ended)
         lengths = state.lengths + ~state.ended
         scores = length_normalized_score(totals, lengths[..., None], alpha, penalty)
         batch, width = state.last.shape
@@ -238,7 +242,7 @@ def beam_search(
         cache = jax.tree.map(
             lambda x: _reorder(x, parent), cache, is_leaf=lambda x: isinstance(x, Still)
         )
-        return _append(inherited, choice, jnp.zeros(()), eos, cache)
+        return _append(inherited, choice, jnp.zeros_like(inherited.log_probs), eos, cache)
 
     state = _start(step, cache, bos, max_length)
     # All hypotheses start equal, so all but the first are shut out of the first choice.

@@ -268,7 +268,8 @@ class Transformer(nn.Module):
         encoded, _ = self.encode(source)
         memory = tuple(layer.memory(encoded) for layer in self.decoder)
         batch, written = source.shape[0], max_length * num_hypotheses
-        zeros = jnp.zeros((batch, c.num_heads, written, c.d_model // c.num_heads), encoded.dtype)
+        shape = (batch, c.num_heads, written, c.d_model // c.num_heads)
+        zeros = jnp.zeros(shape, memory[0].value.dtype)
         layers = tuple(LayerCache(jnp.swapaxes(zeros, -1, -2), zeros) for _ in self.decoder)
         rows = jnp.zeros((batch, num_hypotheses, max_length), jnp.int32)
         return Memory(memory, padding_mask(source)), Cache(rows, Still(layers))
@@ -279,7 +280,7 @@ class Transformer(nn.Module):
         """One step at position `index` for tokens [B, W] -> logits [B, W, V] and the cache."""
         x = self._embed("target", tokens[..., None], jnp.asarray(index)[None], None)[..., 0, :]
         _, width, length = cache.rows.shape
-        row, position = jnp.arange(width), jnp.arange(length)
+        row, position = jnp.arange(width, dtype=cache.rows.dtype), jnp.arange(length)
         rows = jnp.where(position == index, row[:, None], cache.rows)
         written_by = rows[..., None] == row  # [B, W hypotheses, T, W rows]
         mask = (written_by & (position <= index)[:, None]).reshape(*rows.shape[:2], -1)[:, None]

@@ -30,20 +30,16 @@ _PRE = {"norm_placement": "pre", "attention_dropout_rate": 0.1, "activation_drop
 _TORCH = {"projection_bias": True, "layer_norm_epsilon": 1e-5}
 
 
-def _base(**changes) -> TransformerConfig:
-    return TransformerConfig(**changes)
-
-
 VARIANTS = {
     "paper": Variant(read="Vaswani et al. 2017, base model"),
     "tensor2tensor": Variant(
-        _base(**_PRE, sinusoid_layout="tensor2tensor"),
+        TransformerConfig(**_PRE, sinusoid_layout="tensor2tensor"),
         smoothed_over="others",
         read="hparams transformer_base (the third version)",
         apart="Adam's β₂ is 0.997, the peak of the learning rate is reached after 8,000 steps",
     ),
     "fairseq": Variant(
-        _base(**_TORCH, sinusoid_layout="tensor2tensor", first_position=2),
+        TransformerConfig(**_TORCH, sinusoid_layout="tensor2tensor", first_position=2),
         smoothed_over="others",
         alpha=1.0,
         penalty="power",
@@ -51,14 +47,14 @@ VARIANTS = {
         apart="W^Q, W^K and W^V begin smaller by √2",
     ),
     "flax-wmt": Variant(
-        _base(**_PRE, sinusoid_layout="tensor2tensor"),
+        TransformerConfig(**_PRE, sinusoid_layout="tensor2tensor"),
         smoothed_over="others",
         read="flax, examples/wmt, configs/default.py",
         apart="one table E·√d_model with logits divided by √d_model: the same function, but Adam "
         "moves it in other steps",
     ),
     "annotated": Variant(
-        _base(
+        TransformerConfig(
             **_PRE, source_vocab_size=37_000, tied_output=False, projection_bias=True,
             output_bias=True,
         ),
@@ -68,7 +64,7 @@ VARIANTS = {
         apart="LayerNorm divides by s + ε, s the deviation with n − 1; it decodes greedily",
     ),
     "marian": Variant(
-        _base(**_TORCH, activation="swish", output_bias=True, sinusoid_layout="halves"),
+        TransformerConfig(**_TORCH, activation="swish", output_bias=True, sinusoid_layout="halves"),
         alpha=1.0,
         penalty="power",
         read="OPUS-MT models as transformers' MarianMTModel holds them",

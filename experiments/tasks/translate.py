@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import chex
-import jax
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.keeper import check_newest, write_final
+from experiments.keeper import check_newest, without_moments, write_final
 from experiments.run_folder import RunFolder, RunFolderError, named, plain, write_json
 from experiments.tasks.training import make_valid_loss, train_model
 from experiments.tasks.translate_config import MAY_DIFFER, TranslateConfig, configured
@@ -30,7 +29,6 @@ from tfm.averaging import average
 from tfm.checkpoint import Checkpoints, state_sha256
 from tfm.model import Transformer
 from tfm.sharing import export_params
-from tfm.training import TrainState
 
 
 def _vocabulary(
@@ -235,11 +233,6 @@ def results_of(
     }
 
 
-def _state_of(translator: Translator) -> TrainState:
-    """The translator's parameters as a checkpoint holds them; there is nothing to go on from."""
-    return TrainState(np.int32(1), translator.params, {}, jax.random.PRNGKey(0))
-
-
 def finish(
     prepared: Prepared, texts: Texts, translator: Translator, about: dict[str, Any],
     folder: RunFolder, as_json: dict[str, Any],
@@ -326,7 +319,7 @@ def run(config: TranslateConfig) -> None:
         config = begun_from(config, start)
     as_json = plain(config) | {"task": "translate", "corpora": texts.sha256}
     if start is not None:
-        as_json["start_sha256"] = state_sha256(_state_of(start), None)
+        as_json["start_sha256"] = state_sha256(without_moments(start.params, 1), None)
     folder = RunFolder(config.run)
     with folder.claim(as_json, MAY_DIFFER, rewrite=False), _withdrawn_unless_begun(folder):
         done = folder.read("results.json")

@@ -86,12 +86,18 @@ def split(found: list[tuple[str, str, str]]) -> dict[str, list[tuple[str, str]]]
 
 
 def main(arguments: list[str]) -> None:
+    """Writes the six files, and says how many pairs each side has."""
     if len(arguments) != 3:
         print(__doc__)
         sys.exit(2)
     english, german, out = map(Path, arguments)
+    try:
+        found = aligned(english, german)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     out.mkdir(parents=True, exist_ok=True)
-    for name, pairs in split(aligned(english, german)).items():
+    for name, pairs in split(found).items():
         for language, side in (("en", 0), ("de", 1)):
             text = "".join(f"{pair[side]}\n" for pair in pairs)
             (out / f"{name}.{language}").write_text(text, encoding="utf-8")

@@ -153,19 +153,27 @@ def test_a_model_whose_two_vocabularies_share_a_matrix_is_fine_tuned(finished, t
 
 
 @pytest.mark.slow
-def test_patience_and_averaging(text, tmp_path):
+def test_patience_ends_a_training_that_learns_nothing(text, tmp_path):
     run = tmp_path / "run"
-    flags = [*TINY, "--learning-rate", "1e-9", "--patience", "1", "--weights", "average",
-             "--keep-checkpoints", "2"]  # fmt: skip
+    # Steps that are too small to change a number, so the second evaluation finds no lower loss.
+    flags = [*TINY, "--learning-rate", "1e-30", "--patience", "1"]
     assert call("translate", "--run", run, "--steps", 400, *text, *flags) == 0
     results = read(run, "results.json")
-    assert results["stopped_early"] == (results["steps"] < 400)
+    assert results["steps"] == 40 and results["stopped_early"]
+
+
+@pytest.mark.slow
+def test_the_average_of_the_newest_checkpoints(text, tmp_path):
+    run = tmp_path / "run"
+    flags = [*TINY, "--weights", "average", "--keep-checkpoints", "2"]
+    assert call("translate", "--run", run, "--steps", STEPS, *text, *flags) == 0
+    assert read(run, "results.json")["weights"] == "average of the steps 40, 60"
+    averaged = np.asarray(load(run).params["embedding"])
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
-        steps, like = checkpoints.steps, load(run).params
-        assert f"average of the steps {', '.join(map(str, steps))}" == results["weights"]
-        trees = [checkpoints.restore_params(step, like) for step in steps]
-    mean = np.mean([tree["embedding"] for tree in trees], axis=0)
-    np.testing.assert_allclose(like["embedding"], mean, rtol=1e-6)
+        trees = [checkpoints.restore_params(step, load(run).params) for step in (40, 60)]
+    kept = [np.asarray(tree["embedding"]) for tree in trees]
+    np.testing.assert_allclose(averaged, np.mean(kept, axis=0), rtol=1e-6)
+    assert not np.allclose(averaged, kept[1], rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -227,6 +227,17 @@ def test_rows_are_decoded_independently():
     assert not np.allclose(after.scores[0], before.scores[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("search", [greedy, beam_search])
+def test_a_search_with_64_bits_finds_the_same(search):
+    params, width = parameters(PAPER), 1 if search is greedy else 3
+    found = decode(search, params, width)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+        again = decode(search, wide, width)
+    np.testing.assert_array_equal(again.tokens, found.tokens)
+    assert_close(again.scores, found.scores, 1e-5)
+
+
 def test_the_length_penalty_of_others_is_a_power():
     assert float(length_penalty(9, 0.5, "power")) == pytest.approx(3)
     assert_refuses(length_penalty, 9, 0.5, "none", words=["penalty", "'none'"], error=ValueError)
