@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from tfm.precision import linear, matmul, working_dtype
 from tfm.shapes import assert_broadcasts, assert_fits
+from tfm.sharding import on_each_device
 
 Implementation = Literal["auto", "reference", "chunked", "cudnn"]
 """How attention is computed; see `scaled_dot_product_attention`."""
@@ -132,10 +133,7 @@ def scaled_dot_product_attention(
             f"multiple of 8 up to 128; not {compute_dtype=} and query, key and value of shape "
             f"{query.shape}, {key.shape} and {value.shape}"
         )
-    ways = {
-        name: lambda *operands, way=way: way(*operands, compute_dtype)
-        for name, way in _WAYS.items()
-    }
+    ways = {name: partial(_in_parts, way, compute_dtype) for name, way in _WAYS.items()}
     if implementation != "auto":
         return ways[implementation](query, key, value, mask)
     on_platform = {}
@@ -259,6 +257,24 @@ def _cudnn(
     )
     out = jnp.swapaxes(out, 1, 2).reshape(query.shape).astype(working_dtype(query, key, value))
     return jnp.where(allowed.any(-1, keepdims=True), out, 0)
+
+
+def _in_parts(
+    way: Callable[..., Array],
+    compute_dtype: DTypeLike | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+) -> Array:
+    """The attention of each device's own examples and heads, where a mesh divides them."""
+    mask = jnp.ones((1, 1), bool) if mask is None else mask
+    heads = ("batch", "heads", None, None)
+    return on_each_device(
+        lambda *operands: way(*operands, compute_dtype),
+        *((x, heads) for x in (query, key, value, mask)),
+        out=((*query.shape[:-1], value.shape[-1]), heads),
+    )
 
 
 _WAYS = {"reference": _reference, "chunked": _chunked, "cudnn": _cudnn}

@@ -21,6 +21,9 @@ class TransformerConfig:
     source_vocab_size: int | None = None
     """Symbols of a separate source vocabulary. None shares the target's, and with it one matrix
     for both embeddings and the output (three-way tying)."""
+    vocab_multiple: int = 1
+    """Embeddings and output have rows for a multiple of it, so that a mesh can divide them: what is
+    beyond the vocabulary is never predicted."""
     d_model: int = 512
     """Features of every position between the layers."""
     d_ff: int = 2048
@@ -64,18 +67,23 @@ class TransformerConfig:
     """Rows of each learned position table."""
     initializer: Literal["xavier_uniform", "lecun_normal", "he_normal"] = "xavier_uniform"
     """Initialiser of the weight matrices. Embeddings are normal with deviation 1/√d_model."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Operands of the matrix products. bfloat16 still sums in f32 and keeps f32 parameters."""
+    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Operands of the matrix products. bfloat16 still sums in f32 and keeps f32 parameters; float64
+    is for checks, under `jax_enable_x64`."""
     attention: Implementation = "auto"
     """How attention is computed, to the same result: see `tfm.scaled_dot_product_attention`."""
+    rematerialize: Literal["nothing", "layers"] = "nothing"
+    """What the backward pass computes anew, to the same result: layers keeps only what goes into
+    each layer, which takes a third more products and far less memory."""
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():
             allowed = get_args(annotation) if get_origin(annotation) is Literal else None
             if allowed and getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
-        for name in ("vocab_size", "d_model", "d_ff", "num_heads", "num_encoder_layers",
-                     "num_decoder_layers", "max_learned_positions"):  # fmt: skip
+        for name in ("vocab_size", "vocab_multiple", "d_model", "d_ff", "num_heads",
+                     "num_encoder_layers", "num_decoder_layers",
+                     "max_learned_positions"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.source_vocab_size is not None and self.source_vocab_size < 1:
@@ -101,8 +109,12 @@ class TransformerConfig:
         """Whether encoder and decoder end in a normalisation."""
         return self.norm_placement == "pre" if self.final_norm is None else self.final_norm
 
+    def padded(self, vocab_size: int) -> int:
+        """The rows of a table for `vocab_size` symbols."""
+        return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
+
     def parameter_count(self) -> int:
-        """The number of parameters, by formula.
+        """The number of parameters, by formula; what `vocab_multiple` adds is none.
 
         Encoder layer: 4D² + (2DF + F + D) + 2·2D. Decoder layer: 8D² + (2DF + F + D) + 3·2D.
         One V·D matrix where the vocabulary is shared and the output is tied.

@@ -5,14 +5,35 @@ import jax.numpy as jnp
 from jax import Array, nn
 from jax.typing import DTypeLike
 
+from tfm import sharding
 from tfm.precision import linear, working_dtype
 from tfm.shapes import assert_fits, assert_ids
+
+TABLE = ("vocabulary", None)
+
+
+def _batched(ids: Array) -> tuple[str | None, ...]:
+    """What the axes of ids mean: one sequence alone has no batch."""
+    return ("batch",) + (None,) * (ids.ndim - 1) if ids.ndim > 1 else (None,) * ids.ndim
 
 
 @jax.custom_vjp
 def _lookup(table: Array, ids: Array) -> Array:
-    # mode='fill' answers NaN for an id outside the table, where clipping would hide the mistake.
-    return table.at[ids].get(mode="fill", wrap_negative_indices=False)
+    vocabulary, d_model = table.shape
+
+    def rows_of(table: Array, ids: Array) -> Array:
+        own = sharding.within_part(ids, "vocabulary", vocabulary)
+        # mode='fill' answers for an id outside the table, where clipping would hide the mistake.
+        rows = table.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return sharding.total(rows, "vocabulary", vocabulary)
+
+    rows = sharding.on_each_device(
+        rows_of,
+        (table, TABLE),
+        (ids, _batched(ids)),
+        out=((*ids.shape, d_model), (*_batched(ids), None)),
+    )
+    return jnp.where(((ids >= 0) & (ids < vocabulary))[..., None], rows, jnp.nan)
 
 
 def _lookup_forward(table, ids):
@@ -20,14 +41,26 @@ def _lookup_forward(table, ids):
 
 
 def _lookup_backward(residuals, cotangent):
-    # Equal ids side by side are summed in one sweep, where a scatter would update row by row.
     table, ids = residuals
-    order = jnp.argsort(ids.reshape(-1))
-    rows = cotangent.reshape(-1, table.shape[1])[order]
-    gradient = jax.ops.segment_sum(
-        rows, ids.reshape(-1)[order], num_segments=table.shape[0], indices_are_sorted=True
-    )
-    return gradient.astype(table.dtype), None
+    vocabulary, batch = len(table), ids.shape[0] if ids.ndim else 1
+
+    def gradient_of(table: Array, ids: Array, cotangent: Array) -> Array:
+        own = sharding.within_part(ids, "vocabulary", vocabulary).reshape(-1)
+        # Equal ids side by side are summed in one sweep, where a scatter would update row by row.
+        order = jnp.argsort(own)
+        rows = cotangent.reshape(-1, table.shape[1])[order]
+        gradient = jax.ops.segment_sum(
+            rows, own[order], num_segments=len(table), indices_are_sorted=True
+        )
+        gradient = gradient.astype(table.dtype)
+        return sharding.total(gradient, "batch", batch) if ids.ndim > 1 else gradient
+
+    batched = _batched(ids)
+    gradient = sharding.on_each_device(
+        gradient_of, (table, TABLE), (ids, batched), (cotangent, (*batched, None)),
+        out=(table.shape, TABLE),
+    )  # fmt: skip
+    return gradient, None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)

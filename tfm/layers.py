@@ -23,6 +23,7 @@ from tfm.normalization import layer_norm
 from tfm.positions import sinusoidal_positions
 from tfm.precision import linear, matmul
 from tfm.quantization import Quantized, side_by_side
+from tfm.sharding import at_use, constrain, is_divided
 
 INITIALIZERS = {
     "xavier_uniform": nn.initializers.xavier_uniform(),
@@ -74,7 +75,7 @@ def matrix(module: nn.Module, name: str, shape: tuple[int, int]) -> Array | Quan
     given = module.get_variable("params", name)
     if isinstance(given, Quantized):
         return given
-    return module.param(name, INITIALIZERS[module.config.initializer], shape)
+    return at_use(name, module.param(name, INITIALIZERS[module.config.initializer], shape))
 
 
 class LayerNorm(nn.Module):
@@ -138,8 +139,25 @@ class MultiHeadAttention(nn.Module):
 
         One product and one transpose for all names together: faster than one of each a name.
         """
+        if is_divided():
+            return self._project_in_parts(x, names)
         heads = split_heads(self._linear(x, names), len(names) * self.config.num_heads)
         return jnp.split(heads, len(names), axis=-3)
+
+    def _project_in_parts(self, x: Array, names: str) -> list[Array]:
+        """The same where a mesh divides the heads: side by side head by head, the matrices keep
+        their columns where they are."""
+        c = self.config
+
+        def beside(arrays: list[Array]) -> Array:
+            by_head = [a.reshape(*a.shape[:-1], c.num_heads, -1) for a in arrays]
+            joined = jnp.concatenate(by_head, axis=-1)
+            return joined.reshape(*joined.shape[:-2], -1)
+
+        y = linear(x, beside([self.weights[n] for n in names]), c.compute_dtype)
+        if c.projection_bias:
+            y += beside([self.biases[n] for n in names])
+        return jnp.split(split_heads(y, c.num_heads), len(names), axis=-1)
 
     def attend(
         self,
@@ -184,6 +202,7 @@ class ResidualSublayers(nn.Module):
         """post: LayerNorm(x + Dropout(Sublayer(x))); pre: x + Dropout(Sublayer(LayerNorm(x)))."""
         pre = self.config.norm_placement == "pre"
         y, extra = sublayer(norm(x) if pre else x)
+        y = constrain(y, "batch", None, None)
         if dropout_key is not None:
             y = dropout(dropout_key, y, self.config.dropout_rate)
         return (x + y if pre else norm(x + y)), extra

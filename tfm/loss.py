@@ -12,7 +12,11 @@ SmoothedOver = Literal["all", "others", "others_but_padding"]
 
 
 def label_smoothed_cross_entropy(
-    logits: Array, labels: Array, smoothing: float = 0.1, over: SmoothedOver = "all"
+    logits: Array,
+    labels: Array,
+    smoothing: float = 0.1,
+    over: SmoothedOver = "all",
+    vocab_size: int | None = None,
 ) -> Array:
     """−Σᵥ q(v) log p(v) with q = (1 − ε)·onehot(label) + ε/V and p = softmax(logits) (§5.4).
 
@@ -21,6 +25,9 @@ def label_smoothed_cross_entropy(
     The paper does not say which words share ε. Over `all`, as here, the label gets 1 − ε + ε/V.
     Over the `others` it gets 1 − ε, and each of them ε/(V − 1) (tensor2tensor, fairseq);
     `others_but_padding` leaves out symbol 0 too, ε/(V − 2) (the Annotated Transformer).
+
+    Where `vocab_size` is less than V, the words beyond it are none: their logits are −∞, and they
+    have no share of ε.
 
     logits: [..., V], labels: [...] integers in [0, V) -> [...]. Inside jit, which cannot raise, a
     label outside [0, V) gives NaN.
@@ -38,11 +45,14 @@ def label_smoothed_cross_entropy(
         raise ValueError(f"over={over!r} must be one of {get_args(SmoothedOver)}")
     logits = logits.astype(working_dtype(logits))
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    words, v = logits, logits.shape[-1] if vocab_size is None else vocab_size
+    if v < logits.shape[-1]:
+        words = jnp.where(jnp.arange(logits.shape[-1]) < v, logits, 0)
     if over == "all":
-        shared = logits.mean(-1)
+        shared = words.sum(-1) / v
     elif over == "others":
-        shared = (logits.sum(-1) - picked) / (logits.shape[-1] - 1)
+        shared = (words.sum(-1) - picked) / (v - 1)
     else:
-        shared = (logits[..., 1:].sum(-1) - picked) / (logits.shape[-1] - 2)
+        shared = (words[..., 1:].sum(-1) - picked) / (v - 2)
     expected = (1 - smoothing) * picked + smoothing * shared
     return nn.logsumexp(logits, axis=-1) - expected

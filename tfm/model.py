@@ -25,6 +25,7 @@ from tfm.layers import (
 )
 from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.shapes import assert_broadcasts, assert_fits, assert_ids
+from tfm.sharding import at_use, constrain
 
 HeadMasks = dict[str, Array]
 """What each head's output is multiplied by: 'encoder', 'decoder', 'cross' -> [N, H]; optional."""
@@ -74,25 +75,31 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c, f = self.config, self.functions
-        table = nn.initializers.normal(c.d_model**-0.5)
-        self.target_table = self.param("embedding", table, (c.vocab_size, c.d_model))
+        self.target_table = self._table("embedding", c.vocab_size)
         self.source_table = self.target_table
         if c.source_vocab_size is not None:
-            shape = (c.source_vocab_size, c.d_model)
-            self.source_table = self.param("source_embedding", table, shape)
+            self.source_table = self._table("source_embedding", c.source_vocab_size)
         if c.positions == "learned":
-            shape = (c.max_learned_positions, c.d_model)
             self.learned = {
-                n: self.param(f"{n}_positions", table, shape) for n in ("source", "target")
+                n: self._table(f"{n}_positions", c.max_learned_positions)
+                for n in ("source", "target")
             }
         if not c.tied_output:
-            matrix(self, "output", (c.d_model, c.vocab_size))
+            matrix(self, "output", (c.d_model, c.padded(c.vocab_size)))
         if c.output_bias:
-            self.bias = self.param("output_bias", nn.initializers.zeros, (c.vocab_size,))
-        self.encoder = [EncoderLayer(c, f) for _ in range(c.num_encoder_layers)]
-        self.decoder = [DecoderLayer(c, f) for _ in range(c.num_decoder_layers)]
+            self.bias = self.param("output_bias", nn.initializers.zeros, (c.padded(c.vocab_size),))
+        anew = nn.remat if c.rematerialize == "layers" else lambda layer: layer
+        self.encoder = [anew(EncoderLayer)(c, f) for _ in range(c.num_encoder_layers)]
+        self.decoder = [anew(DecoderLayer)(c, f) for _ in range(c.num_decoder_layers)]
         if c.has_final_norm:
             self.encoder_norm, self.decoder_norm = LayerNorm(c, f), LayerNorm(c, f)
+
+    def _table(self, name: str, rows: int) -> Array:
+        """A table of embeddings, or of learned positions."""
+        c = self.config
+        rows = rows if name.endswith("positions") else c.padded(rows)
+        init = nn.initializers.normal(c.d_model**-0.5)
+        return at_use(name, self.param(name, init, (rows, c.d_model)))
 
     def _embed(
         self, side: str, ids: Array, positions: Array | None, dropout_key: Array | None
@@ -140,12 +147,16 @@ class Transformer(nn.Module):
         return head_masks[kind]
 
     def logits(self, y: Array) -> Array:
-        """The decoder's output [..., D] -> logits [..., V]."""
+        """The decoder's output [..., D] -> logits [..., V], −∞ beyond the vocabulary."""
         c = self.config
         bias = self.bias if c.output_bias else None
         output = self.get_variable("params", "output")  # not tied, or of `tfm.quantize`
         w = self.target_table.T if output is None else output
-        return output_logits(y, w, bias, compute_dtype=c.compute_dtype)
+        logits = output_logits(y, w, bias, compute_dtype=c.compute_dtype)
+        logits = constrain(logits, "batch", None, "vocabulary")
+        if logits.shape[-1] == c.vocab_size:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1]) < c.vocab_size, logits, -jnp.inf)
 
     def encode(
         self,

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from tfm.quantization import Quantized, quantized_linear
+from tfm.sharding import is_divided
 
 
 def working_dtype(*arrays: Array) -> jnp.dtype:
@@ -132,7 +133,7 @@ def turned(x: Array) -> Array:
     All rows at once it would be read column by column, from another cache line each time.
     """
     rows = next((n for n in range(24, 7, -1) if len(x) % n == 0), None)
-    if rows is None or x.size < 2**19:
+    if rows is None or x.size < 2**19 or is_divided():  # of rows on other devices there is no loop
         return x.T
 
     def in_blocks(x):

@@ -14,6 +14,7 @@ from tfm.clipping import global_norm
 from tfm.loss import SmoothedOver, label_smoothed_cross_entropy
 from tfm.model import Transformer, shift_right
 from tfm.shapes import assert_ids
+from tfm.sharding import constrain
 
 Batch = dict[str, Array]
 """int32 arrays [R, L]: source, target (labels), and their _segment_ids and _positions."""
@@ -113,7 +114,8 @@ def summed_loss(
 
     def losses_of(y: Array, labels: Array) -> Array:
         logits = model.apply(variables, y, method="logits")
-        return label_smoothed_cross_entropy(logits, labels, smoothing, smoothed_over)
+        vocab_size = model.config.vocab_size
+        return label_smoothed_cross_entropy(logits, labels, smoothing, smoothed_over, vocab_size)
 
     real = batch["target_segment_ids"] != 0
     if tokens_at_once is None:
@@ -145,7 +147,11 @@ def _sum_gradients(
     rows = batch["source"].shape[0]
     if rows % parts:
         raise ValueError(f"accumulation={parts} does not divide the batch's {rows} rows")
-    micro_batches = jax.tree.map(lambda x: x.reshape(parts, rows // parts, *x.shape[1:]), batch)
+
+    def cut(x: Array) -> Array:
+        return constrain(x.reshape(parts, rows // parts, *x.shape[1:]), "batch", None)
+
+    micro_batches = jax.tree.map(cut, batch)
 
     def of(i: Array, micro: Batch) -> Any:
         return gradient(params, micro, jax.random.fold_in(key, i))
