@@ -8,17 +8,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Display:
-    """A progress bar on a terminal, a line now and then elsewhere; all on standard error."""
+    """A progress bar on a terminal, a line now and then elsewhere; all on standard error.
+
+    `silent` shows nothing: of several processes one speaks.
+    """
 
     SECONDS_BETWEEN_LINES = 30
 
-    def __init__(self, steps: int, done: int) -> None:
-        self._console = Console(stderr=True)
+    def __init__(self, steps: int, done: int, silent: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=silent)
         self._progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"), TextColumn("time left"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=self._console, disable=not self._console.is_terminal, speed_estimate_period=120,
+            console=self._console, disable=silent or not self._console.is_terminal,
+            speed_estimate_period=120,
         )  # fmt: skip
         self._task = self._progress.add_task("", total=steps, completed=done, status="compiling …")
         self._steps, self._first, self._started, self._printed = steps, done, time.monotonic(), 0.0
@@ -38,7 +42,7 @@ class Display:
         """Shows how the training goes; `status` is one line of figures."""
         self._progress.update(self._task, status=status)
         now = time.monotonic()
-        if not self._progress.disable:
+        if not self._progress.disable or self._console.quiet:
             return
         if now - self._printed > self.SECONDS_BETWEEN_LINES or step == self._steps:
             left = (now - self._started) / max(step - self._first, 1) * (self._steps - step)

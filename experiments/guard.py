@@ -21,18 +21,15 @@ class Meter:
         """Begins a new reading: what passed since the last one is not counted."""
         self._started = time.monotonic()
         self._metrics: list[dict] = []
-        self._words = 0
 
     @property
     def seconds(self) -> float:
         """Seconds of training so far, those of earlier sittings included."""
         return time.monotonic() - self._run_started
 
-    def add(self, batch: dict, metrics: dict) -> None:
+    def add(self, metrics: dict) -> None:
         """Counts one step; does not wait for the device."""
         self._metrics.append(metrics)
-        # Segments number from 1 in each row, so the largest number is the count.
-        self._words += int(batch["target_segment_ids"].max(axis=1).sum())
 
     def read(self) -> tuple[Metrics, str]:
         """The means since the last reading, as metrics and as a line of figures; starts anew."""
@@ -40,7 +37,7 @@ class Meter:
         elapsed = time.monotonic() - self._started
         tokens = sum(int(m["tokens"]) for m in metrics)
         loss = sum(float(m["loss"]) * int(m["tokens"]) for m in metrics) / tokens
-        words_per_second = self._words / elapsed
+        words_per_second = sum(int(m["sequences"]) for m in metrics) / elapsed
         self.restart()
         line = {
             "loss": loss,
@@ -82,12 +79,12 @@ class Guard:
         self.step = done  # updates made
         self.drawn = drawn  # batches drawn since the run began
         self.in_a_row = in_a_row  # steps skipped since the last update
-        self._under_way: collections.deque[tuple[int, dict, dict]] = collections.deque()
+        self._under_way: collections.deque[tuple[int, dict]] = collections.deque()
 
-    def add(self, batch: dict, metrics: dict) -> None:
+    def add(self, metrics: dict) -> None:
         """Takes note of a step under way; does not wait for it."""
         self.drawn += 1
-        self._under_way.append((self.drawn, batch, metrics))
+        self._under_way.append((self.drawn, metrics))
 
     @property
     def reached(self) -> int:
@@ -98,12 +95,12 @@ class Guard:
         """Waits for the steps under way but the newest `leave`; returns those without an update."""
         skipped = []
         while len(self._under_way) > leave:
-            number, batch, metrics = self._under_way.popleft()
+            number, metrics = self._under_way.popleft()
             if metrics["skipped"]:
                 self.in_a_row += 1
                 why = _what_is_wrong(metrics)
                 skipped.append(Skipped(self.step + 1, number, why, self.in_a_row))
             else:
                 self.step, self.in_a_row = self.step + 1, 0
-                meter.add(batch, metrics)
+                meter.add(metrics)
         return skipped

@@ -1,6 +1,7 @@
 """What a run keeps on disk: the newest checkpoints, the best by validation, the final model."""
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import sys
@@ -13,9 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from experiments.guard import Guard, Meter
+from experiments.peers import Peers
 from experiments.run_folder import RunFolder, RunFolderError, differences
 from tfm.checkpoint import CheckpointError, Checkpoints
 from tfm.config import TransformerConfig
+from tfm.mesh import fit_vocabulary
 from tfm.model import Transformer
 from tfm.training import TrainState, init_params
 
@@ -77,9 +80,12 @@ def newest_model(folder: RunFolder) -> tuple[dict[str, Any], Transformer, chex.A
             if not step:  # 0: saved before anything was learned
                 continue
             identity = checkpoints.notes(step)["identity"]
-            model = Transformer(TransformerConfig(**identity["model"]))
-            like = jax.eval_shape(lambda model=model: init_params(model, jax.random.PRNGKey(0)))
-            return identity, model, checkpoints.restore_params(step, like)
+            trained = Transformer(TransformerConfig(**identity["model"]))
+            like = jax.eval_shape(lambda m=trained: init_params(m, jax.random.PRNGKey(0)))
+            params = checkpoints.restore_params(step, like)
+            # Rows that only a mesh needed are left out.
+            config = dataclasses.replace(trained.config, vocab_multiple=1)
+            return identity, Transformer(config), fit_vocabulary(params, config)
     raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
 
 
@@ -97,7 +103,8 @@ def write_final(
     """
     shutil.rmtree(folder.final, ignore_errors=True)
     with Checkpoints(folder.final) as checkpoints:
-        checkpoints.save(step, without_moments(params, step), {"identity": identity})
+        state = jax.device_get(without_moments(params, step))
+        checkpoints.save(step, state, {"identity": identity})
 
 
 class Keeper:
@@ -109,10 +116,16 @@ class Keeper:
     """
 
     def __init__(
-        self, folder: RunFolder, batches: Batches, identity: dict[str, Any], keep: int
+        self,
+        folder: RunFolder,
+        batches: Batches,
+        identity: dict[str, Any],
+        keep: int,
+        peers: Peers = Peers(),  # noqa: B008 (alone it has no state)
     ) -> None:
-        self._newest = Checkpoints(folder.checkpoints, keep)
-        self._best = Checkpoints(folder.best, keep=1)
+        self._newest = Checkpoints(folder.checkpoints, keep, together=True)
+        self._best = Checkpoints(folder.best, keep=1, together=True)
+        self._peers = peers
         self._batches, self._identity, self._lowest = batches, identity, math.inf
         self._stack = contextlib.ExitStack()
 
@@ -135,7 +148,7 @@ class Keeper:
           RunFolderError: the checkpoint belongs to a run with another config or other data.
           CheckpointError: all that was saved is damaged, or was saved with other arrays.
         """
-        step, found = self._newest.newest()
+        step, found = self._found_by_first(self._newest)
         for line in found:
             say(line)
         if step is None:
@@ -153,17 +166,38 @@ class Keeper:
     def _resume_best(self, done: int, say: Callable[[str], None]) -> None:
         """The lowest loss so far; a best that is damaged or beyond `done` is set aside."""
         try:
-            best, found = self._best.newest()
+            best, found = self._found_by_first(self._best)
         except CheckpointError as error:
             best, found = None, [f"{error}. This one is set aside, and the best sought anew"]
-            self._best.set_aside(-1, "damaged")
+            self._set_aside_best(-1, "damaged")
         for line in found:
             say(line)
         if best is not None and best > done:
             say(f"{self._best.folder / str(best)}: beyond step {done}, set aside and sought anew")
-            self._best.set_aside(done, "undone")
+            self._set_aside_best(done, "undone")
         elif best is not None:
             self._lowest = self._best.notes(best)["valid_loss"]
+
+    def _found_by_first(self, checkpoints: Checkpoints) -> tuple[int | None, list[str]]:
+        """The newest sound step, which process 0 looks for, and what it found on the way.
+
+        Raises CheckpointError in all where all of it is damaged.
+        """
+        found: list[Any] = [None, [], None]
+        if self._peers.is_first:
+            try:
+                found = [*checkpoints.newest(), None]
+            except CheckpointError as error:
+                found[2] = str(error)
+        step, lines, error = self._peers.from_first(found)
+        if error is not None:
+            raise CheckpointError(error)
+        return step, lines
+
+    def _set_aside_best(self, after: int, why: str) -> None:
+        if self._peers.is_first:
+            self._best.set_aside(after, why)
+        self._peers.meet("the best checkpoint")
 
     def _notes(self, guard: Guard, meter: Meter) -> dict[str, Any]:
         return {

@@ -1,5 +1,6 @@
 """The training loop: step, evaluate, log, checkpoint, stop. The only place with a clock."""
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from experiments.display import Display
 from experiments.errors import UserError
 from experiments.guard import Guard, Meter, Metrics
 from experiments.keeper import Batches, Keeper
+from experiments.peers import Peers
 from experiments.run_folder import MetricsLog, RunFolder
 from experiments.stopping import StopSignal
 from tfm.checkpoint import state_sha256
@@ -45,8 +47,6 @@ class Schedule:
 
     def stalls(self, folder: RunFolder) -> bool:
         """Whether the evaluations that the folder has logged have used up the patience."""
-        if self.patience is None:
-            return False
         return evaluations_since_the_best(folder.metrics()) >= self.patience
 
 
@@ -66,9 +66,10 @@ class _Record:
 
     folder: RunFolder
     keeper: Keeper
+    peers: Peers
     guard: Guard
     meter: Meter
-    log: MetricsLog
+    log: MetricsLog | None
     display: Display
     learning_rate: Callable[[int], float]
     evaluate: Callable[[Any], Metrics]
@@ -77,7 +78,8 @@ class _Record:
         """Looks at the steps under way but the newest `leave`; DivergedError at `most` in a row."""
         for skipped in self.guard.look(self.meter, leave):
             self.display.say(f"{skipped}; no update was made")
-            self.log.write_skipped(dataclasses.asdict(skipped))
+            if self.log:
+                self.log.write_skipped(dataclasses.asdict(skipped))
             if skipped.in_a_row == most:
                 saved = self.keeper.wait()
                 kept = (
@@ -99,7 +101,8 @@ class _Record:
             self.keeper.save_if_best(state, self.guard, self.meter, line["valid_loss"])
             self.display.say(validation_line(line))
             self.meter.restart()  # evaluating is not training's speed
-        self.log.write(line)
+        if self.log:
+            self.log.write(line)
 
     def settle(self, state: TrainState, due: set[str], schedule: Schedule, at_once: bool) -> bool:
         """Logs, evaluates and saves what is due; whether that has used up the patience."""
@@ -107,10 +110,16 @@ class _Record:
             self.keeper.save(state, self.guard, self.meter)  # evaluating may take long
         if "log" in due:
             self.line(state, "evaluate" in due)
-        stalled = "evaluate" in due and schedule.stalls(self.folder)
+        stalled = "evaluate" in due and self.stalls(schedule)
         if stalled or "save" in due:
             self.keeper.save(state, self.guard, self.meter)
         return stalled
+
+    def stalls(self, schedule: Schedule) -> bool:
+        """Whether the patience is used up, by the log of process 0."""
+        if schedule.patience is None:
+            return False
+        return self.peers.from_first(self.log and schedule.stalls(self.folder))
 
     def leave(self, signal: int) -> NoReturn:
         """Ends the process once all is saved."""
@@ -131,6 +140,9 @@ def train(
     evaluate: Callable[[Any], Metrics],
     identity: dict[str, Any],
     stop: StopSignal,
+    agree: Callable[[int | None], int | None] = lambda signal: signal,
+    on_host: Callable[[TrainState], TrainState] = lambda state: state,
+    peers: Peers = Peers(),  # noqa: B008 (alone it has no state)
 ) -> Outcome:
     """Trains to `schedule.steps`, from the newest sound checkpoint where there is one.
 
@@ -139,32 +151,39 @@ def train(
       evaluate: params -> metrics, `valid_loss` among them.
       identity: what the run is (config, data); a checkpoint of another one is refused.
       stop: once it has received a signal, the step is finished and saved, and SystemExit raised.
+      agree: makes of the signal of each process one for all, at the same step.
+      on_host: the state whole, where this process can read it.
+      peers: the processes that train together. The first logs and speaks, all save.
 
     Raises:
       RunFolderError: the checkpoint belongs to another run.
       CheckpointError: all that was saved is damaged, or a save failed.
       DivergedError: too many steps in a row without a finite loss and gradient.
     """
-    with Keeper(folder, batches, identity, schedule.keep) as keeper:
+    with Keeper(folder, batches, identity, schedule.keep, peers) as keeper:
         state, notes = keeper.resume(state, stop.say)
         done = int(state.step)
-        resumed_from = folder.note_sitting(done)
+        resumed_from = peers.from_first(folder.note_sitting(done) if peers.is_first else None)
         guard, meter = Guard(done, notes["batches"], notes["in_a_row"]), Meter(notes["seconds"])
+        log = MetricsLog(folder, done + 1, guard.drawn) if peers.is_first else None
         with (
-            MetricsLog(folder, done + 1, guard.drawn) as log,
-            Display(schedule.steps, done) as display,
+            log or contextlib.nullcontext(),
+            Display(schedule.steps, done, silent=not peers.is_first) as display,
+            peers.watching(),
         ):
             stop.say = display.say
             if done:
                 display.say(f"resuming {folder.path} at step {done}")
 
-            record = _Record(folder, keeper, guard, meter, log, display, learning_rate, evaluate)
-            stalled = schedule.stalls(folder)
+            record = _Record(
+                folder, keeper, peers, guard, meter, log, display, learning_rate, evaluate
+            )
+            stalled = record.stalls(schedule)
             while guard.step < schedule.steps and not stalled:
-                batch = next(batches)
-                state, metrics = train_step(state, batch)
-                guard.add(batch, metrics)
-                step, stopping = guard.reached, stop.received  # read once: a later signal can wait
+                state, metrics = train_step(state, next(batches))
+                guard.add(metrics)
+                peers.tick(guard.reached)
+                step, stopping = guard.reached, agree(stop.received)  # once: a later one can wait
                 display.advance(step)
                 due = schedule.due(step)
                 # Else one step stays under way, so that the device need not wait for the host.
@@ -182,7 +201,7 @@ def train(
         "stopped_early": guard.step < schedule.steps,
         "batches": guard.drawn,
         "train_seconds": meter.seconds,
-        "state_sha256": state_sha256(state, batches.get_state()),
+        "state_sha256": state_sha256(on_host(state), batches.get_state()),
         "resumed_from": resumed_from,
     }
     return Outcome(state, facts)

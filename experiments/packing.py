@@ -94,10 +94,19 @@ def packed_rows(
 
 
 def endless_batches(
-    count: int, load: Callable[[np.ndarray], dict[str, np.ndarray]], *, rows: int, seed: int
+    count: int,
+    load: Callable[[np.ndarray], dict[str, np.ndarray]],
+    *,
+    rows: int,
+    seed: int,
+    own: slice = slice(None),
 ) -> grain.DatasetIterator:
-    """`load` of `rows` of the numbers below `count` at a time, in a new order each epoch."""
-    stream = grain.MapDataset.range(count).seed(seed).shuffle().repeat(None).batch(rows).map(load)
+    """`load` of `rows` of the numbers below `count` at a time, in a new order each epoch.
+
+    `own`: which of them this process loads, where several share the batches.
+    """
+    numbers = grain.MapDataset.range(count).seed(seed).shuffle().repeat(None).batch(rows)
+    stream = numbers.map(lambda chosen: load(chosen[own]))
     # No reader threads: rows in memory, or mapped, are read faster than threads are asked.
     return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
@@ -109,8 +118,10 @@ def packed_batches(
     source_length: int,
     target_length: int,
     seed: int,
+    own: slice = slice(None),
 ) -> grain.DatasetIterator:
-    """Endless batches of `rows` of the rows of `packed_rows`, in a new order each epoch.
+    """Endless batches of `rows` of the rows of `packed_rows`, in a new order each epoch; of each
+    batch the rows `own`.
 
     Which examples share a row is fixed by the seed; no example sees another, so only the mixture
     within a batch depends on it. `get_state` and `set_state` resume exactly.
@@ -125,4 +136,5 @@ def packed_batches(
         lambda chosen: {name: array[chosen] for name, array in arrays.items()},
         rows=rows,
         seed=seed,
+        own=own,
     )

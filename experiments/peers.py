@@ -118,6 +118,15 @@ class Peers:
         finally:
             self.end_watch()
 
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """The reverse, inside a watched block: what takes its time, such as compiling."""
+        self.end_watch()
+        try:
+            yield
+        finally:
+            self.begin_watch()
+
     def close(self) -> None:
         """Says goodbye, and waits until all have, `stall_timeout` seconds at most.
 

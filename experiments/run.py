@@ -36,6 +36,12 @@ def usage() -> str:
     )  # fmt: skip
 
 
+def _plain_cluster_flags(arguments: list[str]) -> list[str]:
+    """`--coordinator` for `--cluster.coordinator`, and so on."""
+    names = "coordinator|process-id|num-processes|connect-timeout|stall-timeout"
+    return [re.sub(rf"^--({names})(?==|$)", r"--cluster.\1", a) for a in arguments]
+
+
 def pronounce(arguments: list[str]) -> None:
     """Parses the flags over the chosen preset, and runs the task."""
     import tyro
@@ -46,7 +52,7 @@ def pronounce(arguments: list[str]) -> None:
     preset.add_argument("--preset", choices=list(PRESETS), default="default")
     chosen = preset.parse_known_args(arguments)[0].preset
     config = tyro.cli(
-        type(PRESETS[chosen]), default=PRESETS[chosen], args=arguments,
+        type(PRESETS[chosen]), default=PRESETS[chosen], args=_plain_cluster_flags(arguments),
         prog="python -m experiments.run pronounce",
     )  # fmt: skip
     run(config)
@@ -68,7 +74,7 @@ def translate(arguments: list[str]) -> None:
     arguments = [re.sub(r"^--from(?==|$)", "--from-run", a) for a in arguments]
     config = tyro.cli(
         TranslateConfig, default=TranslateConfig(**configured(known.preset, known.variant)),
-        args=arguments, prog="python -m experiments.run translate",
+        args=_plain_cluster_flags(arguments), prog="python -m experiments.run translate",
     )  # fmt: skip
     run(config)
 

@@ -24,7 +24,7 @@ STEPS_A_KILL = 150  # more than a process does before it is killed
 TINY = [
     *("--model.d-model", "16", "--model.d-ff", "32", "--model.num-heads", "2"),
     *("--model.num-encoder-layers", "1", "--model.num-decoder-layers", "1"),
-    *("--model.dropout-rate", "0.1", "--rows", "8", "--source-length", "12"),
+    *("--model.dropout-rate", "0.1", "--mesh.data", "1", "--rows", "8", "--source-length", "12"),
     *("--target-length", "12", "--beam", "1", "--log-every", "1", "--evaluate-every", "1000000"),
     *("--save-every", str(SAVE_EVERY)),
 ]

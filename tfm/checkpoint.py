@@ -62,10 +62,16 @@ def _random_bits() -> dict[str, Any]:
     }
 
 
-def _on_first_device(like: chex.ArrayTree) -> chex.ArrayTree:
-    """Where to restore to: without it Orbax looks for the devices that the saver had."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+def _placed(like: chex.ArrayTree) -> chex.ArrayTree:
+    """Where to restore to: where `like` lies, or this process's first device. Without it Orbax
+    looks for the devices that the saver had."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def of(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(x, "sharding", None) or first
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(of, like)
 
 
 def _reason(error: BaseException) -> str:
@@ -103,10 +109,23 @@ class Checkpoints:
     leaving it waits for the save under way, and raises what went wrong.
 
     `read_only` makes no folder and removes nothing, so that a run can be looked at while it trains.
+
+    `together`: all processes of `jax.distributed` save and restore as one. All of them call `save`,
+    `notes` and `restore` in the same order; each writes what its devices alone hold, and process 0
+    the manifest and the journal. `newest` and `set_aside` are for process 0. Else one process works
+    alone, whatever the others do.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 2,
+        *,
+        read_only: bool = False,
+        together: bool = False,
+    ) -> None:
         self.folder, self._keep, self._read_only = Path(folder).absolute(), keep, read_only
+        self._together = together
         self._facts: dict[int, dict[str, Any]] = {}  # of the steps verified or saved
         self._under_way: Future | None = None
         self._background: ThreadPoolExecutor | None = None
@@ -117,7 +136,9 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(), multiprocessing_options=self._processes()
+        )
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         return self
 
@@ -127,6 +148,20 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._orbax.close()
+
+    def _processes(self) -> ocp.options.MultiprocessingOptions:
+        """Which processes Orbax waits for."""
+        own = jax.process_index()
+        if self._together or jax.process_count() == 1:
+            return ocp.options.MultiprocessingOptions()
+        return ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+        )
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes the manifest and the journal."""
+        return not self._together or jax.process_index() == 0
 
     @property
     def steps(self) -> list[int]:
@@ -237,15 +272,20 @@ class Checkpoints:
     def _finish(self, step: int, facts: dict[str, Any]) -> None:
         try:
             self._orbax.wait_until_finished()
-            digest = manifest.write_manifest(self._path(step), facts)
-            journal, unreadable = self._journal()
-            kept = sorted({*journal, step})[-self._keep :]
-            self._write_journal({s: digest if s == step else journal[s] for s in kept})
-            for old in set() if unreadable else self._on_disk() - set(kept):
-                shutil.rmtree(self._path(old), ignore_errors=True)
+            if self._writes:
+                self._enter(step, facts)
         except Exception as error:
             raise self._not_saved(step, error) from error
         self._facts[step] = facts
+
+    def _enter(self, step: int, facts: dict[str, Any]) -> None:
+        """Writes the manifest, enters the step into the journal, and lets older steps go."""
+        digest = manifest.write_manifest(self._path(step), facts)
+        journal, unreadable = self._journal()
+        kept = sorted({*journal, step})[-self._keep :]
+        self._write_journal({s: digest if s == step else journal[s] for s in kept})
+        for old in set() if unreadable else self._on_disk() - set(kept):
+            shutil.rmtree(self._path(old), ignore_errors=True)
 
     def _not_saved(self, step: int, error: Exception) -> CheckpointError:
         self._remove_leftovers()
@@ -270,7 +310,7 @@ class Checkpoints:
         """
         items = _items(like)
         self._check(step, _types(items) | _random_bits())
-        args = {n: ocp.args.StandardRestore(_on_first_device(tree)) for n, tree in items.items()}
+        args = {n: ocp.args.StandardRestore(_placed(tree)) for n, tree in items.items()}
         restored = self._read(step, **args)
         return TrainState(params=restored["params"], **restored["rest"])
 
@@ -281,7 +321,7 @@ class Checkpoints:
           CheckpointError: the step is damaged, or was saved with other parameters.
         """
         self._check(step, _types({"params": like}))
-        return self._read(step, params=ocp.args.StandardRestore(_on_first_device(like)))["params"]
+        return self._read(step, params=ocp.args.StandardRestore(_placed(like)))["params"]
 
     def _read(self, step: int, **args: Any) -> Mapping[str, Any]:
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tfm.config import TransformerConfig
@@ -107,6 +108,25 @@ def state_shardings(mesh: Mesh, state: chex.ArrayTree) -> chex.ArrayTree:
         )
 
     return jax.tree_util.tree_map_with_path(of, state)
+
+
+def fit_vocabulary(params: chex.ArrayTree, config: TransformerConfig) -> chex.ArrayTree:
+    """The parameters with the rows beyond the vocabulary that `config` pads it to: cut, or 0."""
+
+    def of(path: tuple[Any, ...], x: Any) -> Any:
+        name = path[-1].key
+        meanings = PARAMETERS.get(name, ())
+        if "vocabulary" not in meanings:
+            return x
+        axis = meanings.index("vocabulary")
+        size = config.source_vocab_size if name == "source_embedding" else config.vocab_size
+        if x.shape[axis] == config.padded(size):
+            return x
+        words = jnp.moveaxis(x, axis, 0)[:size]
+        missing = config.padded(size) - size
+        return jnp.moveaxis(jnp.pad(words, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), 0, axis)
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

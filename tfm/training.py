@@ -181,9 +181,9 @@ def make_train_step(
     update equals that of the whole batch (without dropout, which draws anew for each micro-batch).
     `tokens_at_once` bounds the memory of the logits (`summed_loss`).
 
-    Metrics: `loss` in nats a token with smoothing, `tokens` (target), `gradient_norm` before
-    clipping, `largest_gradient`: the greatest |element|, which tells a norm that overflows from a
-    gradient that does.
+    Metrics: `loss` in nats a token with smoothing, `tokens` and `sequences` (target),
+    `gradient_norm` before clipping, `largest_gradient`: the greatest |element|, which tells a norm
+    that overflows from a gradient that does.
 
     Raises:
       ValueError: bos is outside the vocabulary; from the step, when traced: accumulation does not
@@ -205,6 +205,8 @@ def make_train_step(
         metrics = {
             "loss": loss / count,
             "tokens": tokens,
+            # Segments number from 1 in each row, so the largest number is the count.
+            "sequences": batch["target_segment_ids"].max(-1).sum(),
             "gradient_norm": global_norm(grads),
             "largest_gradient": jnp.stack([jnp.abs(g).max() for g in jax.tree.leaves(grads)]).max(),
         }

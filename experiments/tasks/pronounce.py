@@ -10,11 +10,20 @@ from typing import Any, Literal
 from experiments import data, metrics
 from experiments.data import DataError, Lexicon
 from experiments.keeper import check_newest
+from experiments.layout import Layout, divisible
 from experiments.packing import packed_batches
+from experiments.peers import Peers
 from experiments.pronouncer import Pronouncer
 from experiments.run_folder import RunFolder, named, plain, write_json
 from experiments.tasks.pronounce_report import report
-from experiments.tasks.training import MAY_DIFFER, TrainingConfig, make_valid_loss, train_model
+from experiments.tasks.training import (
+    MAY_DIFFER,
+    TrainingConfig,
+    check_together,
+    make_valid_loss,
+    together,
+    train_model,
+)
 from experiments.vocabulary import BOS, Vocabulary
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
@@ -110,7 +119,8 @@ def resolve(config: PronounceConfig, lexicons: Lexicons) -> PronounceConfig:
         asked = getattr(config.model, name)
         if asked not in (size, getattr(default, name)):
             raise DataError(f"--model.{name}={asked}, but the data's vocabulary has {size} symbols")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+    model = divisible(dataclasses.replace(config.model, **sizes), config.mesh)
+    return dataclasses.replace(config, model=model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +168,8 @@ def fit(
     examples: list[dict[str, Any]],
     identity: dict[str, Any],
     folder: RunFolder,
+    layout: Layout,
+    peers: Peers,
 ) -> tuple[Pronouncer, dict[str, Any]]:
     """Trains (or goes on training); returns the pronouncer and what there is to say of the run.
 
@@ -165,14 +177,16 @@ def fit(
     """
     batches = packed_batches(
         examples, rows=config.rows, source_length=config.source_length,
-        target_length=config.target_length, seed=config.seed,
+        target_length=config.target_length, seed=config.seed, own=layout.own_rows,
     )  # fmt: skip
     untrained = Pronouncer(
         Transformer(config.model), {}, lexicons.letters, lexicons.phones,
         config.source_length, config.target_length, config.beam, config.alpha,
     )  # fmt: skip
     evaluate = make_evaluate(config, lexicons, untrained)
-    params, facts = train_model(config, BOS, batches, evaluate, identity, folder)
+    params, facts = train_model(
+        config, BOS, batches, evaluate, identity, folder, layout, peers
+    )  # fmt: skip
     return dataclasses.replace(untrained, params=params), facts
 
 
@@ -209,17 +223,39 @@ def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str,
 
 def run(config: PronounceConfig) -> None:
     """The whole job: data, training, evaluation, report."""
-    lexicons = load_lexicons(config)
-    config = resolve(config, lexicons)
-    examples, fingerprint = prepare(config, lexicons)
+    with together(config.cluster) as peers:
+        lexicons = load_lexicons(config)
+        config = resolve(config, lexicons)
+        layout = Layout(config.mesh, config.model, config.rows)
+        examples, fingerprint = prepare(config, lexicons)
+        as_json = plain(config) | {"data_sha256": fingerprint}
+        vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
+        identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
+        identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
+        check_together(peers, identity)
+        train = partial(
+            fit, config, lexicons, examples, identity, RunFolder(config.run), layout, peers
+        )
+        if peers.is_first:
+            lead(config, lexicons, as_json, identity, peers, train)
+        elif peers.from_first():
+            train()
+
+
+def lead(
+    config: PronounceConfig,
+    lexicons: Lexicons,
+    as_json: dict[str, Any],
+    identity: dict[str, Any],
+    peers: Peers,
+    train: Callable[[], tuple[Pronouncer, dict[str, Any]]],
+) -> None:
+    """What one process does for all: it holds the folder, speaks, and reports."""
     folder = RunFolder(config.run)
-    as_json = plain(config) | {"data_sha256": fingerprint}
-    vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
-    identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
-    identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
     check = partial(check_newest, folder, config.steps, identity)
     with folder.claim(as_json, MAY_DIFFER, check, rewrite=False):
         done = folder.read("results.json")
+        peers.from_first(not done or done.get("steps") != config.steps)
         if done and done.get("steps") == config.steps:
             print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
             return
@@ -228,7 +264,7 @@ def run(config: PronounceConfig) -> None:
             folder.set_aside(done.get("steps", 0))
         sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]
         print(*sizes, f"{config.model.parameter_count():,} parameters", sep=", ", flush=True)
-        pronouncer, about = fit(config, lexicons, examples, identity, folder)
+        pronouncer, about = train()
         valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
         results = results_of(config, about, valid, test)
         report(as_json, lexicons, folder, pronouncer, results, test.hypotheses)

@@ -1,24 +1,31 @@
 """What every task's training has: its flags, its validation loss, and the training itself."""
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
+import platform
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.cluster import ClusterConfig, start
 from experiments.guard import Metrics
 from experiments.keeper import Batches
+from experiments.layout import Layout
 from experiments.loop import Schedule, train
 from experiments.packing import packed_rows
+from experiments.peers import Peers
 from experiments.run_folder import RunFolder
 from experiments.stopping import StopSignal
+from experiments.wire import PeerError
 from tfm.config import TransformerConfig
 from tfm.loss import SmoothedOver
+from tfm.mesh import MeshConfig
 from tfm.model import Transformer
 from tfm.training import (
     cosine_schedule,
@@ -37,6 +44,10 @@ class TrainingConfig:
 
     run: Path = Path("runs/run")
     """Folder of the run: config, metrics, checkpoints, results, report."""
+    mesh: MeshConfig = MeshConfig()
+    """How many devices divide the batch, the parameters and the heads."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Which process of how many this is (also --coordinator, --process-id …)."""
     seed: int = 0
     """Seed of the initialisation, the dropout and the order of the data."""
     steps: int = 5600
@@ -125,6 +136,8 @@ class TrainingConfig:
 
 
 MAY_DIFFER = {
+    "mesh", *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
+    "cluster", *(f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)),
     "preset", "run", "steps", "save_every", "log_every", "evaluate_every", "most_skipped",
     "keep_checkpoints", "patience",
 }  # fmt: skip
@@ -151,6 +164,34 @@ def make_valid_loss(
     return valid_loss
 
 
+@contextlib.contextmanager
+def together(config: ClusterConfig) -> Iterator[Peers]:
+    """The processes that train together; what ends one of them ends all."""
+    peers = start(config)
+    try:
+        if jax.process_count() != peers.count:
+            raise PeerError(
+                f"JAX knows of {jax.process_count()} processes, the flags and the environment of "
+                f"{peers.count}: give --coordinator, --process-id and --num-processes"
+            )
+        yield peers
+    except KeyboardInterrupt:
+        peers.fail("interrupted")
+        raise
+    except Exception as error:
+        peers.fail(str(error) or type(error).__name__)
+        raise
+    finally:
+        peers.close()
+
+
+def check_together(peers: Peers, identity: dict[str, Any]) -> None:
+    """Raises PeerError where the processes would not train the same: the difference is named."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    peers.meet("the run", identity | {"versions": versions, "python": platform.python_version()})
+
+
 def train_model(
     config: TrainingConfig,
     bos: int,
@@ -158,12 +199,16 @@ def train_model(
     evaluate: Callable[[Any], Metrics],
     identity: dict[str, Any],
     folder: RunFolder,
-    start: chex.ArrayTree | None = None,
+    layout: Layout,
+    peers: Peers,
+    initial: chex.ArrayTree | None = None,
 ) -> tuple[chex.ArrayTree, dict[str, Any]]:
     """Trains (or goes on training); returns the parameters and what there is to say of the run.
 
     Args:
-      start: parameters to begin with. None: fresh ones.
+      batches: of the rows of each batch that are the layout's own.
+      evaluate: called in process 0 alone.
+      initial: parameters to begin with. None: fresh ones.
 
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.
     """
@@ -177,12 +222,20 @@ def train_model(
     with StopSignal() as stop:
         # A raw key: a plain array, like all else in the state.
         state = init_state(model, optimizer, jax.random.PRNGKey(config.seed))
-        if start is not None:
-            state = state.replace(params=jax.tree.map(jnp.array, start))  # copies: they are donated
+        if initial is not None:
+            state = state.replace(params=initial)
+        state = layout.place(state)
+        step = layout.step(skip_nonfinite(train_step), state, peers.unwatched)
+
+        def evaluate_once(params: chex.ArrayTree) -> Metrics:
+            with peers.unwatched():
+                params = layout.on_one_device(params)
+                return peers.from_first(evaluate(params) if peers.is_first else None)
+
         trained, facts = train(
-            jax.jit(skip_nonfinite(train_step), donate_argnums=0), state, batches, folder,
-            config.when(), learning_rate=learning_rate, evaluate=evaluate, identity=identity,
-            stop=stop,
+            step, state, batches, folder, config.when(), learning_rate=learning_rate,
+            evaluate=evaluate_once, identity=identity, stop=stop, agree=layout.agreement(),
+            on_host=layout.on_one_device, peers=peers,
         )  # fmt: skip
-    parameters = sum(x.size for x in jax.tree.leaves(trained.params))
-    return trained.params, {"parameters": parameters} | facts
+    params = layout.on_one_device(trained.params)
+    return params, {"parameters": config.model.parameter_count()} | layout.facts(trained) | facts

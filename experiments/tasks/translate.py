@@ -14,8 +14,10 @@ import numpy as np
 
 from experiments.errors import UserError
 from experiments.keeper import check_newest, without_moments, write_final
+from experiments.layout import Layout, divisible
+from experiments.peers import Peers
 from experiments.run_folder import RunFolder, RunFolderError, named, plain, write_json
-from experiments.tasks.training import make_valid_loss, train_model
+from experiments.tasks.training import check_together, make_valid_loss, together, train_model
 from experiments.tasks.translate_config import MAY_DIFFER, TranslateConfig, configured
 from experiments.tasks.translate_report import report
 from experiments.tasks.translate_texts import Texts, read
@@ -27,6 +29,7 @@ from experiments.translation.text import CorpusError
 from experiments.translation.translator import Settings, Translator, load
 from tfm.averaging import average
 from tfm.checkpoint import Checkpoints, state_sha256
+from tfm.mesh import fit_vocabulary
 from tfm.model import Transformer
 from tfm.sharing import export_params
 
@@ -60,7 +63,7 @@ def resolve(config: TranslateConfig, source: Subwords, target: Subwords) -> Tran
     Raises UserError where --model names other sizes than the vocabularies have.
     """
     if config.from_run is not None:  # two vocabularies may share its one matrix, as Marian's do
-        return config
+        return dataclasses.replace(config, model=divisible(config.model, config.mesh))
     usual = configured(config.preset, config.variant)["model"]
     own_source = config.model.source_vocab_size is not None or source.sha256 != target.sha256
     sizes = {"vocab_size": target.size, "source_vocab_size": source.size if own_source else None}
@@ -71,7 +74,8 @@ def resolve(config: TranslateConfig, source: Subwords, target: Subwords) -> Tran
                 f"--model.{name.replace('_', '-')}={asked}, but the vocabulary has {size} pieces: "
                 "see --vocabulary-size"
             )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+    model = divisible(dataclasses.replace(config.model, **sizes), config.mesh)
+    return dataclasses.replace(config, model=model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +154,12 @@ def make_evaluate(prepared: Prepared, texts: Texts, translator: Translator):
 
 
 def learn(
-    prepared: Prepared, texts: Texts, start: Translator | None, folder: RunFolder
+    prepared: Prepared,
+    texts: Texts,
+    start: Translator | None,
+    folder: RunFolder,
+    layout: Layout,
+    peers: Peers,
 ) -> tuple[Translator, dict[str, Any]]:
     """Trains (or goes on training); the translator with the weights that `weights` names, and what
     there is to say of the run.
@@ -158,20 +167,23 @@ def learn(
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.
     """
     config = prepared.config
+    check_together(peers, prepared.identity)
     plan = plan_rows(
         prepared.store, source_length=config.source_length, target_length=config.target_length,
         seed=config.seed,
     )  # fmt: skip
-    batches = stored_batches(prepared.store, plan, rows=config.rows)
+    batches = stored_batches(prepared.store, plan, rows=config.rows, own=layout.own_rows)
     settings = Settings(**prepared.identity["settings"])
     model = Transformer(config.model)
     untrained = Translator(model, {}, prepared.source, prepared.target, settings)
     evaluate = make_evaluate(prepared, texts, untrained)
     params, facts = train_model(
-        config, prepared.target.bos, batches, evaluate, prepared.identity, folder,
-        start=None if start is None else start.params,
+        config, prepared.target.bos, batches, evaluate, prepared.identity, folder, layout, peers,
+        initial=None if start is None else fit_vocabulary(start.params, config.model),
     )  # fmt: skip
-    params, told = chosen_weights(config, folder, params)
+    told = "of the last step"
+    if peers.is_first:
+        params, told = chosen_weights(config, folder, params)
     return dataclasses.replace(untrained, params=params), facts | {"weights": told}
 
 
@@ -313,17 +325,36 @@ def _withdrawn_unless_begun(folder: RunFolder) -> Iterator[None]:
 
 def run(config: TranslateConfig) -> None:
     """The whole job: text, vocabulary, training, translation of the test, report."""
-    texts = read(config)
-    start = None if config.from_run is None else load(config.from_run)
-    if start is not None:
-        config = begun_from(config, start)
-    as_json = plain(config) | {"task": "translate", "corpora": texts.sha256}
-    if start is not None:
-        as_json["start_sha256"] = state_sha256(without_moments(start.params, 1), None)
+    with together(config.cluster) as peers:
+        texts = read(config)
+        start = None if config.from_run is None else load(config.from_run)
+        if start is not None:
+            config = begun_from(config, start)
+        layout = Layout(config.mesh, divisible(config.model, config.mesh), config.rows)
+        as_json = plain(config) | {"task": "translate", "corpora": texts.sha256}
+        if start is not None:
+            as_json["start_sha256"] = state_sha256(without_moments(start.params, 1), None)
+        if peers.is_first:
+            lead(config, texts, start, as_json, layout, peers)
+        elif peers.from_first():  # the vocabulary and the tokens are there
+            prepared = prepare(config, texts, RunFolder(config.run), start, as_json)
+            learn(prepared, texts, start, RunFolder(config.run), layout, peers)
+
+
+def lead(
+    config: TranslateConfig,
+    texts: Texts,
+    start: Translator | None,
+    as_json: dict[str, Any],
+    layout: Layout,
+    peers: Peers,
+) -> None:
+    """What one process does for all: it holds the folder, makes the vocabulary, and reports."""
     folder = RunFolder(config.run)
     with folder.claim(as_json, MAY_DIFFER, rewrite=False), _withdrawn_unless_begun(folder):
         done = folder.read("results.json")
         if done and is_finished(config, done, folder.read("config.json")):
+            peers.from_first(False)
             flag = "steps" if done["steps"] == config.steps else "patience"
             print(f"{config.run} is finished ({done['steps']} steps); a larger --{flag} extends it")
             return
@@ -338,5 +369,6 @@ def run(config: TranslateConfig) -> None:
             f"{len(texts.test):,} test, {prepared.target.size:,} pieces, "
             f"{prepared.config.model.parameter_count():,} parameters", flush=True,
         )  # fmt: skip
-        translator, about = learn(prepared, texts, start, folder)
+        peers.from_first(True)
+        translator, about = learn(prepared, texts, start, folder, layout, peers)
         finish(prepared, texts, translator, about | {"asked_steps": config.steps}, folder, as_json)

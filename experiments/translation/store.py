@@ -290,7 +290,9 @@ def _lengths(store: Store, order: np.ndarray) -> Iterator[tuple[int, int]]:
         yield from zip(*sides, strict=True)
 
 
-def stored_batches(store: Store, plan: Plan, *, rows: int) -> grain.DatasetIterator:
+def stored_batches(
+    store: Store, plan: Plan, *, rows: int, own: slice = slice(None)
+) -> grain.DatasetIterator:
     """Endless batches of `rows` of the plan's rows, in a new order each epoch.
 
     As `packing.packed_batches` of the same pairs and seed, batch for batch, but read from disk:
@@ -307,4 +309,4 @@ def stored_batches(store: Store, plan: Plan, *, rows: int) -> grain.DatasetItera
             arrays |= dict(zip(names, packed, strict=True))
         return arrays
 
-    return endless_batches(len(plan), load, rows=rows, seed=plan.seed)
+    return endless_batches(len(plan), load, rows=rows, seed=plan.seed, own=own)

@@ -35,7 +35,7 @@ STEPS = 160
 TINY = [
     *("--model.d-model", "16", "--model.d-ff", "32", "--model.num-heads", "2"),
     *("--model.num-encoder-layers", "1", "--model.num-decoder-layers", "1"),
-    *("--model.dropout-rate", "0.01", "--rows", "16", "--source-length", "12"),
+    *("--model.dropout-rate", "0.01", "--mesh.data", "1", "--rows", "16", "--source-length", "12"),
     *("--target-length", "12", "--beam", "2", "--learning-rate", "0.02", "--warmup-steps", "10"),
     *("--log-every", "20", "--evaluate-every", "80", "--save-every", "50"),
 ]
@@ -313,7 +313,7 @@ def test_every_setting_reaches_the_training(tiny, tmp_path, monkeypatch):
     assert clip == 0.3 and float(schedule(7)) == pytest.approx(0.5)
     assert {"smoothing": 0.2, "accumulation": 2}.items() <= seen["make_train_step"][1].items()
     assert seen["packed_batches"][1] == {
-        "rows": 16, "source_length": 12, "target_length": 12, "seed": 3,
+        "rows": 16, "source_length": 12, "target_length": 12, "seed": 3, "own": slice(0, 16),
     }  # fmt: skip
     assert seen["train"][0][4] == loop.Schedule(70, 11, 13, 17, 3, 4)
 

@@ -29,7 +29,7 @@ STEPS = 60
 TINY = [
     *("--model.d-model", "32", "--model.d-ff", "64", "--model.num-heads", "2"),
     *("--model.num-encoder-layers", "1", "--model.num-decoder-layers", "1"),
-    *("--model.dropout-rate", "0.0", "--rows", "16", "--source-length", "24"),
+    *("--model.dropout-rate", "0.0", "--mesh.data", "1", "--rows", "16", "--source-length", "24"),
     *("--target-length", "24", "--beam", "2", "--learning-rate", "0.01", "--warmup-steps", "10"),
     *("--log-every", "20", "--evaluate-every", "20", "--save-every", "20"),
     *("--vocabulary-size", "300", "--schedule", "paper"),

@@ -1,0 +1,146 @@
+"""Where a training's arrays lie: its mesh of devices, and this process's share of each batch."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments.errors import UserError
+from tfm.config import TransformerConfig
+from tfm.mesh import MeshConfig, batch_sharding, check_divides, make_mesh, state_shardings
+from tfm.training import Batch, TrainState
+
+
+class LayoutError(UserError):
+    """Why the devices cannot share a training."""
+
+
+def divisible(model: TransformerConfig, mesh: MeshConfig) -> TransformerConfig:
+    """The model with its vocabularies padded so far that `tensor` divides them."""
+    sizes = [model.vocab_size, model.source_vocab_size or model.vocab_size]
+    if all(model.padded(size) % mesh.tensor == 0 for size in sizes):
+        return model
+    multiple = math.lcm(model.vocab_multiple, mesh.tensor)
+    return dataclasses.replace(model, vocab_multiple=multiple)
+
+
+class Layout:
+    """The mesh that a training is divided over, of all devices of all its processes.
+
+    Raises LayoutError, before anything is compiled, where there are too few devices or they cannot
+    divide the model or the batch; the message names the flags.
+    """
+
+    def __init__(self, config: MeshConfig, model: TransformerConfig, rows: int) -> None:
+        try:
+            devices = len(jax.devices())
+            self.config = config.over(devices)
+            check_divides(model, self.config, rows)
+            self.mesh = make_mesh(self.config)
+        except ValueError as error:
+            raise LayoutError(f"{error}{self._hint(error, rows)}") from None
+        self._rows = rows
+        self._batch = batch_sharding(self.mesh)
+
+    def _hint(self, error: ValueError, rows: int) -> str:
+        if not str(error).endswith(f"rows={rows}"):
+            return ""
+        parts = self.config.parts("batch")
+        fewer = next(n for n in range(parts, 0, -1) if rows % n == 0 and n <= parts)
+        return f": take --rows {-(-rows // parts) * parts}, or --mesh.data {fewer}"
+
+    @property
+    def own_rows(self) -> slice:
+        """The rows of each batch that this process's devices hold: it reads no others."""
+        found = self._batch.addressable_devices_indices_map((self._rows,)).values()
+        spans = [rows.indices(self._rows) for (rows,) in found]
+        return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))
+
+    def place(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+        """A state that every process has whole, each device with its part of it."""
+
+        def put(x: Any, sharding: NamedSharding) -> jax.Array:
+            whole = np.asarray(x)
+            return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+
+        return jax.tree.map(put, tree, state_shardings(self.mesh, tree))
+
+    def step(
+        self,
+        train_step: Callable[[TrainState, Batch], tuple[TrainState, dict]],
+        state: TrainState,
+        compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+        """The step over the mesh, jitted; it takes this process's own rows of the batch.
+
+        The first call, which compiles, is made inside `compiling()`.
+        """
+        shardings = state_shardings(self.mesh, state), NamedSharding(self.mesh, PartitionSpec())
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+
+        around = iter([compiling()])
+
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+            shared = {name: self._share(rows) for name, rows in batch.items()}
+            with jax.set_mesh(self.mesh), next(around, contextlib.nullcontext()):
+                return jitted(state, shared)
+
+        return step
+
+    def _share(self, rows: np.ndarray) -> jax.Array:
+        shape = (self._rows, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(self._batch, rows, shape)
+
+    def on_one_device(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+        """The same arrays whole, on this process's first device; all processes take part."""
+        if self.mesh.size == 1:
+            return tree
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        copies = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
+        return jax.tree.map(lambda x: x.addressable_data(0), copies)
+
+    def agreement(self) -> Callable[[int | None], int | None]:
+        """A function that makes of what each process says one answer for all: the largest number.
+
+        It answers to the call before, so that no process waits for the others; all processes call
+        it after each step, and get the same answer after the same one. Alone it answers at once.
+        """
+        if jax.process_count() == 1:
+            return lambda said: said
+        everyone = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+        largest = jax.jit(jnp.max, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        under_way: list[jax.Array] = []
+
+        def agree(said: int | None) -> int | None:
+            own = np.full(len(self.mesh.local_devices), said or 0, np.int32)
+            shared = jax.make_array_from_process_local_data(everyone, own, (self.mesh.size,))
+            under_way.append(largest(shared))
+            return int(under_way.pop(0)) or None if len(under_way) > 1 else None
+
+        return agree
+
+    def facts(self, state: TrainState) -> dict[str, Any]:
+        """results.json: `devices`, `processes`, `mesh`, and the bytes that each device holds of
+        the parameters and of the moments."""
+
+        def bytes_of(tree: chex.ArrayTree) -> int:
+            return sum(
+                int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+                for x in jax.tree.leaves(tree)
+            )
+
+        return {
+            "devices": self.mesh.size,
+            "processes": jax.process_count(),
+            "mesh": self.config.sizes,
+            "parameter_bytes_per_device": bytes_of(state.params),
+            "moment_bytes_per_device": bytes_of(state.opt_state),
+        }
