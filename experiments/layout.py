@@ -41,21 +41,21 @@ class Layout:
 
     def __init__(self, config: MeshConfig, model: TransformerConfig, rows: int) -> None:
         try:
-            devices = len(jax.devices())
-            self.config = config.over(devices)
-            check_divides(model, self.config, rows)
+            self.config = config.over(len(jax.devices()))
+            check_divides(model, self.config)
             self.mesh = make_mesh(self.config)
         except ValueError as error:
-            raise LayoutError(f"{error}{self._hint(error, rows)}") from None
+            raise LayoutError(str(error)) from None
+        try:
+            check_divides(model, self.config, rows)
+        except ValueError as error:
+            parts, fsdp = self.config.parts("batch"), self.config.fsdp
+            fewer = next((n for n in range(parts // fsdp, 0, -1) if rows % (n * fsdp) == 0), None)
+            other = f", or --mesh.data {fewer}" if fewer else ""
+            more = -(-rows // parts) * parts
+            raise LayoutError(f"{error}: take --rows {more}{other}") from None
         self._rows = rows
         self._batch = batch_sharding(self.mesh)
-
-    def _hint(self, error: ValueError, rows: int) -> str:
-        if not str(error).endswith(f"rows={rows}"):
-            return ""
-        parts = self.config.parts("batch")
-        fewer = next(n for n in range(parts, 0, -1) if rows % n == 0 and n <= parts)
-        return f": take --rows {-(-rows // parts) * parts}, or --mesh.data {fewer}"
 
     @property
     def own_rows(self) -> slice:

@@ -171,7 +171,8 @@ def train(
             Display(schedule.steps, done, silent=not peers.is_first) as display,
             peers.watching(),
         ):
-            stop.say = display.say
+            if peers.is_first:  # else it speaks for itself
+                stop.say = display.say
             if done:
                 display.say(f"resuming {folder.path} at step {done}")
 

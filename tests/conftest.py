@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-# Two devices on every CPU, so that what is shared out over devices is tested on any machine.
-jax.config.update("jax_num_cpu_devices", 2)
+# Eight devices on every CPU, so that what is shared out over devices is tested on any machine.
+jax.config.update("jax_num_cpu_devices", 8)
 # A test compiles what it tests, whatever cache the user has chosen.
 jax.config.update("jax_enable_compilation_cache", False)
 

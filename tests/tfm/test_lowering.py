@@ -19,6 +19,7 @@ from tfm import (
     sample,
     start_decoding,
 )
+from tfm.mesh import MeshConfig, batch_sharding, make_mesh, state_shardings
 
 CONFIG = TransformerConfig(
     vocab_size=32,
@@ -77,3 +78,22 @@ def test_it_lowers_for_every_platform(name, compute_dtype):
     assert exported.platforms == platforms
     # The operands of the products are what the config says.
     assert ("xbf16>" in exported.mlir_module()) == (compute_dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["training step", "greedy", "beam search"])
+def test_it_lowers_with_shardings_for_accelerators(name):
+    """Over 2 × 2 × 2 devices that are not here."""
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    model = Transformer(replace(CONFIG, compute_dtype="bfloat16"))
+    function, params, *others = functions(model)[name]
+    shardings = [state_shardings(mesh, params)]
+    shardings += [jax.tree.map(lambda _: batch_sharding(mesh), other) for other in others]
+    arguments = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        [params, *others], shardings,
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        exported = jax.export.export(jax.jit(function), platforms=("cuda", "tpu"))(*arguments)
+    assert exported.nr_devices == 8 and exported.platforms == ("cuda", "tpu")
+    assert '[{"fsdp"}, {"tensor"}]' in exported.mlir_module()  # of a matrix
+    assert '[{"data", "fsdp"}' in exported.mlir_module()  # of the batch

@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_numbers(trained):
 
 
 def test_devices_share_the_models_where_they_can_do_so_equally(trained, monkeypatch):
-    assert [study._mesh(models).size for models in (1, 3, 4, 8)] == [1, 1, 2, 2]
+    assert [study._mesh(models).size for models in (1, 3, 4, 9)] == [1, 3, 4, 3]
     one = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: one)
     alone = study.train(BUDGET, TASK, make, STEPS, {"rate": [0.0, 1e-2]}, probe_at=())

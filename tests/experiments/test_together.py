@@ -1,0 +1,197 @@
+"""One training in two processes: the same numbers as in one, and an end for all when one ends."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from killing import TINY, sound_step, write_words
+
+pytestmark = pytest.mark.slow
+
+STALL = 10  # seconds; the others end within 15 more
+FLAGS = [*TINY, "--mesh.data", "2", "--stall-timeout", str(STALL)]
+FOREVER = 1_000_000
+
+# What goes wrong in a process: each stands in the place of the batches' `__next__` at the 30th.
+STUCK = "time.sleep(10_000)"
+BROKEN = "raise OSError('the disk is gone')"
+_MAIN = """
+import sys, time
+from experiments import packing, run
+original, calls = packing.endless_batches, [0]
+def faulty(count, load, **options):
+    def broken_load(chosen):
+        calls[0] += 1
+        if calls[0] == 30:
+            {fault}
+        return load(chosen)
+    return original(count, broken_load, **options)
+packing.endless_batches = faulty
+sys.argv = ["run", *sys.argv[1:]]
+run.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(tmp_path_factory, monkeypatch):
+    """What one process has compiled, the next need not."""
+    folder = tmp_path_factory.getbasetemp() / "compiled"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def spawn(run, steps, flags, devices=1, fault=None):
+    program = ["-m", "experiments.run"] if fault is None else ["-c", _MAIN.format(fault=fault)]
+    return subprocess.Popen(
+        [sys.executable, *program, "--run", str(run), "--steps", str(steps), *flags],
+        cwd=Path(__file__).parents[2], text=True,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def pair(run, steps, words, faults=(None, None), own_flags=((), ())):
+    """The two processes of one run; `own_flags` are those of each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+    return [
+        spawn(run, steps, [*words, *FLAGS, *where, str(i), *own_flags[i]], fault=faults[i])
+        for i in (0, 1)
+    ]
+
+
+def whole(run, steps, flags, devices):
+    """The results of a run of one process."""
+    process = spawn(run, steps, flags, devices)
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, error
+    return json.loads((run / "results.json").read_text())
+
+
+def ends(processes, timeout=300):
+    """Return code and standard error of each."""
+    errors = [process.communicate(timeout=timeout)[1] for process in processes]
+    return [p.returncode for p in processes], errors
+
+
+def until_trained(run, processes):
+    """Waits for the first checkpoints of two processes at work."""
+    deadline = time.monotonic() + 240
+    while sound_step(run) < 20:
+        assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return write_words(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="module")
+def stopped(words, tmp_path_factory):
+    """A run of two processes, one of which was told to stop; what both said, and the step."""
+    run = tmp_path_factory.mktemp("runs") / "stopped"
+    processes = pair(run, FOREVER, words)
+    until_trained(run, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    return run, *ends(processes)
+
+
+def test_two_processes_are_one_of_two_devices_bit_for_bit(words, tmp_path):
+    codes, errors = ends(pair(tmp_path / "two", 40, words))
+    assert codes == [0, 0], errors
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    one = whole(tmp_path / "one", 40, [*words, *FLAGS], devices=2)
+    assert two["state_sha256"] == one["state_sha256"]
+    assert two["processes"] == 2 and one["processes"] == 1
+    assert two["devices"] == one["devices"] == 2
+    assert two["test_per"] == one["test_per"]
+
+
+def test_a_signal_to_one_stops_both_at_the_same_step(stopped):
+    run, codes, errors = stopped
+    assert codes == [143, 143], errors
+    step = int(re.search(r"stopped and saved at step (\d+);", errors[0])[1])
+    assert sound_step(run) == step
+    assert "SIGTERM: finishing the step and saving" in errors[1]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_their_checkpoint_resumes_on_other_devices(stopped, words, devices, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(stopped[0], run)
+    step = sound_step(run)
+    flags = [*words, *TINY, "--mesh.data", str(devices)]
+    results = whole(run, step + 20, flags, devices)
+    assert results["resumed_from"] == [step] and results["devices"] == devices
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_the_other(words, victim, tmp_path):
+    processes = pair(tmp_path / "run", FOREVER, words)
+    until_trained(tmp_path / "run", processes)
+    processes[victim].kill()
+    killed = time.monotonic()
+    codes, errors = ends(processes)
+    assert time.monotonic() - killed < STALL + 15
+    assert codes[1 - victim] == 75
+    name = rf"error: process {victim} \(.*, pid {processes[victim].pid}\) died"
+    assert re.search(name, errors[1 - victim]), errors
+    assert sound_step(tmp_path / "run") >= 20
+
+
+def test_a_process_that_is_frozen_ends_the_other(words, tmp_path):
+    processes = pair(tmp_path / "run", FOREVER, words)
+    until_trained(tmp_path / "run", processes)
+    processes[0].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    error = processes[1].communicate(timeout=120)[1]
+    assert time.monotonic() - stopped < STALL + 15
+    processes[0].kill()
+    ends(processes[:1])
+    assert processes[1].returncode == 75
+    assert re.search(r"error: process 0 \(.*\) has not been heard of for", error), error
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "told"), [(STUCK, "has stood at step"), (BROKEN, "the disk is gone")]
+)
+def test_a_process_that_is_stuck_or_fails_ends_the_other(words, victim, fault, told, tmp_path):
+    faults = [None, None]
+    faults[victim] = fault
+    processes = pair(tmp_path / "run", FOREVER, words, faults)
+    code, error = [x[0] for x in ends([processes[1 - victim]])]
+    ended = time.monotonic()
+    if fault == STUCK:
+        assert processes[victim].poll() is None or processes[victim].wait() == 75
+    processes[victim].communicate(timeout=60)
+    assert time.monotonic() - ended < 15
+    assert code == 75 and processes[victim].returncode != 0
+    assert re.search(rf"error: process {victim} \(.*\).*{told}", error), error
+
+
+def test_processes_with_other_flags_or_data_are_told_apart(words, tmp_path):
+    codes, errors = ends(pair(tmp_path / "run", 40, words, own_flags=((), ("--seed", "1"))))
+    assert codes == [2, 2]
+    for error in errors:
+        assert re.search(r"error: process 1 \(.*\) differs from process 0 .*seed: 0 -> 1", error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_that_cannot_be_reached_is_named(words, tmp_path):
+    where = ["--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "1",
+             "--connect-timeout", "2"]  # fmt: skip
+    code, error = [x[0] for x in ends([spawn(tmp_path / "run", 40, [*words, *FLAGS, *where])])]
+    assert code == 2 and "Traceback" not in error
+    assert "127.0.0.1:1" in error and "2 s" in error and error.count("\n") == 1
