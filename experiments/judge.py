@@ -3,6 +3,7 @@
 import dataclasses
 import time
 
+from experiments.differences import differences
 from experiments.watcher import GO_ON, Watcher
 from experiments.wire import Member, Message, Wire
 
@@ -159,9 +160,6 @@ def difference_between(ours: Message, theirs: Message, most: int = 8) -> str | N
         return f"what it does: it is at {theirs['what']!r}, process 0 at {ours['what']!r}"
     if not ours["compared"] or ours["value"] == theirs["value"]:
         return None
-    # It brings JAX along, which a light process may do without as long as all agree.
-    from experiments.run_folder import differences
-
     what, pair = ours["what"], (ours["value"], theirs["value"])
     fields = differences(*pair) if all(isinstance(value, dict) for value in pair) else []
     # An empty object and none are one to `differences`.

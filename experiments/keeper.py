@@ -13,9 +13,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from experiments.differences import differences
 from experiments.guard import Guard, Meter
 from experiments.peers import Peers
-from experiments.run_folder import RunFolder, RunFolderError, differences
+from experiments.run_folder import RunFolder, RunFolderError
 from tfm.checkpoint import CheckpointError, Checkpoints
 from tfm.config import TransformerConfig
 from tfm.mesh import fit_vocabulary

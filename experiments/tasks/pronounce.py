@@ -223,7 +223,7 @@ def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str,
 
 def run(config: PronounceConfig) -> None:
     """The whole job: data, training, evaluation, report."""
-    with together(config.cluster) as peers:
+    with together(config) as peers:
         lexicons = load_lexicons(config)
         config = resolve(config, lexicons)
         layout = Layout(config.mesh, config.model, config.rows)

@@ -46,6 +46,9 @@ class TrainingConfig:
     """Folder of the run: config, metrics, checkpoints, results, report."""
     mesh: MeshConfig = MeshConfig()
     """How many devices divide the batch, the parameters and the heads."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs for the next sitting, or the other processes of a
+    machine. None: JAX_COMPILATION_CACHE_DIR, or nothing is kept."""
     cluster: ClusterConfig = ClusterConfig()
     """Which process of how many this is (also --coordinator, --process-id …)."""
     seed: int = 0
@@ -138,7 +141,7 @@ class TrainingConfig:
 MAY_DIFFER = {
     "mesh", *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
     "cluster", *(f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)),
-    "preset", "run", "steps", "save_every", "log_every", "evaluate_every", "most_skipped",
+    "compilation_cache", "preset", "run", "steps", "save_every", "log_every", "evaluate_every", "most_skipped",
     "keep_checkpoints", "patience",
 }  # fmt: skip
 """Fields that may change from one sitting to the next: they change no update, or (steps) extend."""
@@ -165,9 +168,11 @@ def make_valid_loss(
 
 
 @contextlib.contextmanager
-def together(config: ClusterConfig) -> Iterator[Peers]:
+def together(config: TrainingConfig) -> Iterator[Peers]:
     """The processes that train together; what ends one of them ends all."""
-    peers = start(config)
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
+    peers = start(config.cluster)
     try:
         if jax.process_count() != peers.count:
             raise PeerError(

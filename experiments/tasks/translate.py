@@ -325,7 +325,7 @@ def _withdrawn_unless_begun(folder: RunFolder) -> Iterator[None]:
 
 def run(config: TranslateConfig) -> None:
     """The whole job: text, vocabulary, training, translation of the test, report."""
-    with together(config.cluster) as peers:
+    with together(config) as peers:
         texts = read(config)
         start = None if config.from_run is None else load(config.from_run)
         if start is not None:

@@ -1,6 +1,7 @@
 """Where arrays lie: refusals by name, each process's rows, and copies that a host can read."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -20,7 +21,8 @@ OPTIMIZER = tfm.make_optimizer(tfm.paper_schedule(16), 1.0)
 
 
 def state():
-    return tfm.init_state(tfm.Transformer(MODEL), OPTIMIZER, jax.random.PRNGKey(0))
+    made = partial(tfm.init_state, tfm.Transformer(MODEL), OPTIMIZER)
+    return jax.jit(made)(jax.random.PRNGKey(0))
 
 
 def test_all_devices_go_to_data_where_no_mesh_is_asked_for():

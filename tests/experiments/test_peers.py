@@ -115,6 +115,7 @@ def test_a_meeting_also_tells_plain_values_and_occasions_apart(theirs, told):
             assert ends(process) == (2, "", line)
 
 
+@pytest.mark.slow
 def test_a_meeting_waits_for_a_process_that_is_slow():
     waits = f"peers.begin_watch(); {MEET}"
     slow = f"for _ in range({(STALL + 3) * 5}):\n    peers.tick(); time.sleep(0.2)\n{MEET}"
@@ -142,6 +143,7 @@ def test_all_others_name_a_process_that_is_killed(killed):
         assert time.monotonic() - began < 3
 
 
+@pytest.mark.slow
 def test_a_child_of_a_killed_process_does_not_keep_its_connection():
     forks = "if os.fork() == 0:\n    time.sleep(5); os._exit(0)\nstop_here()"
     with processes("stop_here()", forks) as started:
@@ -161,6 +163,7 @@ def test_an_exit_without_a_goodbye_counts_as_a_death():
         assert ends(started[0]) == died(1, started[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silent", [0, 1])
 def test_all_others_name_a_process_that_is_silent(silent):
     with processes(*["stop_here()"] * 3) as started:
@@ -183,6 +186,7 @@ stop_here()
 """
 
 
+@pytest.mark.slow
 def test_the_process_with_the_fewest_ticks_is_the_one_that_stands():
     with processes(TICKS.format(11), TICKS.format(10), TICKS.format(11)) as started:
         here(*started)
@@ -194,6 +198,7 @@ def test_the_process_with_the_fewest_ticks_is_the_one_that_stands():
         assert STALL < time.monotonic() - began < STALL + 6
 
 
+@pytest.mark.slow
 def test_processes_that_all_stand_at_one_step_say_so():
     with processes(*[TICKS.format(3)] * 2) as started:
         for process in started:
@@ -202,6 +207,7 @@ def test_processes_that_all_stand_at_one_step_say_so():
             assert code == 75 and re.fullmatch(rf"{told}\d+ s; {GO_ON}\n", error), error
 
 
+@pytest.mark.slow
 def test_standing_is_no_stall_outside_of_a_watched_section_nor_beside_one_who_is():
     watched = f"with peers.watching():\n    peers.tick(7); time.sleep({STALL + 3})\npeers.close()"
     with processes(f"time.sleep({STALL + 4}); peers.close()", watched) as started:
@@ -262,6 +268,7 @@ def test_all_others_tell_the_error_that_a_process_ends_with(failing):
         assert time.monotonic() - began < 8
 
 
+@pytest.mark.slow
 def test_an_error_that_a_death_explains_does_not_hide_the_death():
     reacts = "time.sleep(1); print('here', flush=True); peers.fail('no collective'); sys.exit(2)"
     with processes("stop_here()", reacts, "stop_here()") as started:
