@@ -72,9 +72,13 @@ class TransformerConfig:
     is for checks, under `jax_enable_x64`."""
     attention: Implementation = "auto"
     """How attention is computed, to the same result: see `tfm.scaled_dot_product_attention`."""
+    scan_layers: bool = False
+    """The layers as one loop of the program, to the same result: it is compiled in the time of one
+    layer, and holds the layers' parameters twice."""
     rematerialize: Literal["nothing", "layers"] = "nothing"
     """What the backward pass computes anew, to the same result: layers keeps only what goes into
-    each layer, which takes a third more products and far less memory."""
+    each layer, which takes a third more products and far less memory. XLA for the CPU undoes it
+    unless scan_layers is set."""
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():

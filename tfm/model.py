@@ -5,9 +5,11 @@ goes in and comes out, attention weights are a second output, dropout draws from
 passes (None means no dropout).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -146,6 +148,34 @@ class Transformer(nn.Module):
         assert_fits(f"head_masks[{kind!r}]", head_masks[kind], (layers, self.config.num_heads))
         return head_masks[kind]
 
+    def _through(
+        self,
+        layers: Sequence[nn.Module],
+        x: Array,
+        context: tuple[Array, ...],
+        dropout_key: Array | None,
+        *heads: Array | list[None],
+    ) -> list[Array]:
+        """x through one layer after another; then their attention weights [N, ...] of each kind."""
+        keys = [site_key(dropout_key, 1 + i) for i in range(len(layers))]
+        if self.config.scan_layers and not self.is_initializing():
+            one = type(layers[0])(self.config, self.functions, parent=None)
+            params = jax.tree.map(lambda *p: jnp.stack(p), *(x.variables["params"] for x in layers))
+            each = params, *(None if x[0] is None else jnp.stack(x) for x in (keys, *heads))
+
+            def layer(x, each):
+                params, *own = each
+                x, *weights = one.apply({"params": params}, x, *context, *own)
+                return x, weights
+
+            x, weights = jax.lax.scan(layer, x, each)
+            return [x, *weights]
+        found = []
+        for layer, *own in zip(layers, keys, *heads, strict=True):
+            x, *weights = layer(x, *context, *own)
+            found.append(weights)
+        return [x, *map(jnp.stack, zip(*found, strict=True))]
+
     def logits(self, y: Array) -> Array:
         """The decoder's output [..., D] -> logits [..., V], −∞ beyond the vocabulary."""
         c = self.config
@@ -174,12 +204,8 @@ class Transformer(nn.Module):
         mask = segment_mask(segments, segments)
         x = self._embed("source", source, source_positions, site_key(dropout_key, 0))
         heads = self._head_masks(head_masks, "encoder", len(self.encoder))
-        weights = []
-        for i, layer in enumerate(self.encoder):
-            x, w = layer(x, mask, site_key(dropout_key, 1 + i), heads[i])
-            weights.append(w)
-        x = self.encoder_norm(x) if self.config.has_final_norm else x
-        return x, jnp.stack(weights)
+        x, weights = self._through(self.encoder, x, (mask,), dropout_key, heads)
+        return self.encoder_norm(x) if self.config.has_final_norm else x, weights
 
     def decode(
         self,
@@ -199,17 +225,12 @@ class Transformer(nn.Module):
         mask = segment_mask(target_segment_ids, target_segment_ids) & causal_mask(target.shape[-1])
         cross_mask = segment_mask(target_segment_ids, source_segment_ids)
         x = self._embed("target", target, target_positions, site_key(dropout_key, 0))
-        heads, cross_heads = (
+        heads = [
             self._head_masks(head_masks, kind, len(self.decoder)) for kind in ("decoder", "cross")
-        )
-        weights, cross_weights = [], []
-        for i, layer in enumerate(self.decoder):
-            key = site_key(dropout_key, 1 + i)
-            x, w, cw = layer(x, encoded, mask, cross_mask, key, heads[i], cross_heads[i])
-            weights.append(w)
-            cross_weights.append(cw)
-        x = self.decoder_norm(x) if self.config.has_final_norm else x
-        return x, jnp.stack(weights), jnp.stack(cross_weights)
+        ]
+        context = (encoded, mask, cross_mask)
+        x, *weights = self._through(self.decoder, x, context, dropout_key, *heads)
+        return self.decoder_norm(x) if self.config.has_final_norm else x, *weights
 
     def __call__(
         self,

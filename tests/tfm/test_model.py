@@ -351,3 +351,39 @@ def test_labels_are_shifted_right_within_each_packed_sequence():
     assert shifted[0, :5].tolist() == [1, 5, 6, 1, 7]
     assert shifted[1].tolist() == [1, 8, 1, 9, 9, 9, 9]
     assert shift_right(labels, 1)[0].tolist() == [1, 5, 6, 2, 7, 2, 0]
+
+
+@pytest.mark.parametrize("config", [PAPER, DEPARTED], ids=["paper", "departed"])
+@pytest.mark.parametrize(
+    "changes", [{"scan_layers": True}, {"rematerialize": "layers"}], ids=["scanned", "anew"]
+)
+def test_how_the_layers_are_run_changes_nothing(config, changes):
+    """Logits, weights, and with dropout and head masks; the parameters are the same tree."""
+    config = replace(config, dropout_rate=0.5)
+    other = replace(config, **changes)
+    params = random_parameters(config)
+    assert parameter_shapes(other) == parameter_shapes(config)
+    masks = {"cross": jnp.array([[1.0, 0.0], [0.5, 1.0]])}
+    options = {"dropout_key": jax.random.PRNGKey(3), "head_masks": masks}
+    for given in ({}, options):
+        expected = run(config, params, **given)
+        jax.tree.map(partial(assert_close, tolerance=1e-5), run(other, params, **given), expected)
+
+
+@pytest.mark.slow
+def test_layers_scanned_and_computed_anew_take_less_memory():
+    """Of four layers a side, the training step's temporaries: less than half."""
+    options = {"d_model": 32, "d_ff": 128, "num_encoder_layers": 4, "num_decoder_layers": 4}
+    tokens = jax.ShapeDtypeStruct((16, 96), jnp.int32)
+
+    def temporaries(**changes):
+        model = Transformer(replace(PAPER, **options, **changes))
+
+        def loss(params, source, target):
+            return model.apply({"params": params}, source, target).sum()
+
+        arguments = parameter_shapes(model.config), tokens, tokens
+        compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(scan_layers=True, rematerialize="layers") < temporaries() / 2

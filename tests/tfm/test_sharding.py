@@ -131,6 +131,7 @@ def test_a_mesh_of_all_three_axes_gives_the_losses_of_one_device():
         {"positions": "learned", "norm_placement": "pre"},
         {"attention": "chunked"},
         {"rematerialize": "layers"},
+        {"scan_layers": True},
         {"attention_dropout_rate": 0.2},
         {"accumulation": 2},
     ],
