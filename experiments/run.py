@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "claims": "Measure eleven claims about the Transformer; a ledger with verdicts and figures.",
     "bench": "Time this library beside the peers that are installed; ratios and a picture.",
     "cost": "Measure what a token costs by width, depth, length and batch; a law and a picture.",
+    "plan": "Say what a training would need on devices not at hand, and how fast it should be.",
     "variants": "Say what differs between the models that bear the paper's name.",
     "predict": "Pronounce or translate standard input with a trained model, line for line.",
     "score": "Give the log-probability of translations on standard input.",
@@ -75,6 +76,22 @@ def translate(arguments: list[str]) -> None:
     config = tyro.cli(
         TranslateConfig, default=TranslateConfig(**configured(known.preset, known.variant)),
         args=_plain_cluster_flags(arguments), prog="python -m experiments.run translate",
+    )  # fmt: skip
+    run(config)
+
+
+def plan(arguments: list[str]) -> None:
+    """Parses the flags over the chosen preset, and prints the plan."""
+    import tyro
+
+    from experiments.plan.plan import PlanConfig, defaults, run
+
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--preset", choices=("small", "base", "big"), default="base")
+    preset = chosen.parse_known_args(arguments)[0].preset
+    config = tyro.cli(
+        PlanConfig, default=PlanConfig(**defaults(preset)), args=arguments,
+        prog="python -m experiments.run plan",
     )  # fmt: skip
     run(config)
 

@@ -26,6 +26,7 @@ from tfm.layers import (
     site_key,
 )
 from tfm.masks import causal_mask, padding_mask, segment_mask
+from tfm.quantization import Quantized
 from tfm.shapes import assert_broadcasts, assert_fits, assert_ids
 from tfm.sharding import at_use, constrain
 
@@ -181,7 +182,10 @@ class Transformer(nn.Module):
         c = self.config
         bias = self.bias if c.output_bias else None
         output = self.get_variable("params", "output")  # not tied, or of `tfm.quantize`
-        w = self.target_table.T if output is None else output
+        if output is None:
+            w = self.target_table.T
+        else:
+            w = output if isinstance(output, Quantized) else at_use("output", output)
         logits = output_logits(y, w, bias, compute_dtype=c.compute_dtype)
         logits = constrain(logits, "batch", None, "vocabulary")
         if logits.shape[-1] == c.vocab_size:

@@ -427,7 +427,7 @@ def test_help_lists_every_experiment_with_a_sentence(flag, capsys):
         assert re.search(rf"^ *{name} +{re.escape(sentence)}$", out, re.MULTILINE)
     assert set(command.EXPERIMENTS) == {
         "pronounce", "translate", "claims", "bench", "cost", "variants", "predict", "score",
-        "import", "export",
+        "import", "export", "plan",
     }  # fmt: skip
 
 

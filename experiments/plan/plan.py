@@ -1,0 +1,133 @@
+"""`plan`: the command that says what a training would need, from its flags to its answer."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+
+from experiments.errors import UserError
+from experiments.layout import divisible
+from experiments.plan import tables
+from experiments.plan.chips import CHIPS
+from experiments.plan.compiled import by_kind, compile_quickly, emitted
+from experiments.plan.speed import Assumed
+from experiments.plan.work import Work
+from experiments.tasks.translate_config import configured
+from tfm.config import TransformerConfig
+from tfm.mesh import MeshConfig
+
+ChipName = Literal["all", "A100-40GB", "A100-80GB", "H100", "H200", "L4", "TPU-v4", "TPU-v5e",
+                   "TPU-v5p", "TPU-v6e"]  # fmt: skip
+SMALL = 20_000_000
+"""Parameters of a model that is compiled without being asked for."""
+FEW = 16
+"""Devices for which it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Say what a training would need and how fast it should be, without the devices.
+
+    Every number stands beside its formula. Nothing is trained and no device is looked for.
+    """
+
+    preset: Literal["small", "base", "big"] = "base"
+    """What --model.* starts from, as in translate."""
+    model: TransformerConfig = TransformerConfig()
+    """The Transformer."""
+    mesh: MeshConfig = MeshConfig(data=1)
+    """The devices, as a training would be told of them."""
+    rows: int = 192
+    """Packed rows of a batch, on all devices together; 192 of 128 positions are near the paper's
+    batches of 25k tokens."""
+    source_length: int = 128
+    """Source positions of a row."""
+    target_length: int = 128
+    """Target positions of a row."""
+    accumulation: int = 1
+    """Micro-batches that a batch's rows are cut into."""
+    steps: int = 100_000
+    """Updates, whose time and cost are told."""
+    chip: ChipName = "all"
+    """For which chips."""
+    price: float | None = None
+    """Of a chip for an hour, in any currency. None: no cost is told."""
+    assumed: Assumed = Assumed()
+    """Which part of a chip's peaks is reached."""
+    compile: bool = False
+    """Compile the step for forced host devices in any case, and tell what XLA says of it beside the
+    formulas. Otherwise that is done for models of at most 20 million parameters on at most 16
+    devices."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "source_length", "target_length", "accumulation", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise ValueError(f"price={self.price} must be at least 0 and finite")
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the step is compiled."""
+        devices = math.prod(self.mesh.sizes.values())
+        return self.compile or self.model.parameter_count() <= SMALL and devices <= FEW
+
+
+def defaults(preset: str) -> dict[str, Any]:
+    """The fields that a preset decides, for flags to change."""
+    chosen = configured(preset, "paper")
+    return {name: chosen[name] for name in ("preset", "model", "steps")}
+
+
+def work_of(config: PlanConfig) -> Work:
+    """The step to plan, its vocabulary padded to what the mesh divides.
+
+    Raises UserError, naming what does not divide what.
+    """
+    mesh = dataclasses.replace(config.mesh, data=config.mesh.data or 1)
+    try:
+        model = divisible(config.model, mesh)
+        return Work(model, mesh, config.rows, config.source_length, config.target_length,
+                    config.accumulation)  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def compiled_on_cpu(work: Work) -> tables.OnCPU:
+    """What XLA says of the step for so many devices of this CPU.
+
+    Raises UserError where JAX has begun with fewer devices.
+    """
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", work.devices)
+    except RuntimeError:  # JAX has begun: with devices enough, it may be
+        pass
+    try:
+        program = compile_quickly(work)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    used = program.memory_analysis()
+    # A micro-batch's collectives stand once in the program, in a loop.
+    said = by_kind(emitted(program.as_text(), work)) if work.accumulation == 1 else None
+    return tables.OnCPU(used.argument_size_in_bytes, used.temp_size_in_bytes, said)
+
+
+def run(config: PlanConfig) -> None:
+    """Prints the plan."""
+    work = work_of(config)
+    console = Console(width=100, highlight=False)
+    chips = list(CHIPS.values()) if config.chip == "all" else [CHIPS[config.chip]]
+    on_cpu = compiled_on_cpu(work) if config.compiles else None
+    for part in (
+        tables.about(work, config.preset),
+        tables.memory(work, on_cpu),
+        tables.computing(work),
+        tables.exchange(work, on_cpu),
+        tables.chips(work, chips, config.assumed, config.steps, config.price),
+        tables.assumptions(chips, config.assumed),
+    ):
+        console.print(part)
+        console.print()

@@ -1,0 +1,152 @@
+"""What a step computes, and what its devices tell each other."""
+
+import dataclasses
+from typing import NamedTuple
+
+from experiments.bench.workloads import attention_flops, forward_flops
+from experiments.plan.work import WORD, Work, parameters
+from tfm.sharding import RULES
+
+BATCH = RULES["batch"]
+ROWS = ("scale", "bias", "b1", "b2")
+"""Parameters whose gradient is a product of 8 rows, of which one is needed (`tfm.precision`)."""
+
+
+class Products(NamedTuple):
+    """Floating-point operations of the matrix products of a step, on all devices together."""
+
+    forward: int
+    backward: int
+    anew: int
+    rows: int
+
+    @property
+    def step(self) -> int:
+        return sum(self)
+
+
+def products(work: Work) -> Products:
+    """Forward: 2·I·O a position for each matrix [I, O], 4·L·K·D for each attention of L queries
+    and K keys; backward: two products for each of these; anew: those of the layers once more, with
+    rematerialize=layers; rows: the gradients of γ, β, b₁ and b₂, 2·8 a position and feature."""
+    c = dataclasses.replace(work.model, vocab_size=work.vocabulary)
+    forward = work.rows * forward_flops(c, work.source, work.target)
+    logits = 2 * work.target_tokens * c.d_model * c.vocab_size
+    anew = forward - logits if c.rematerialize == "layers" else 0
+    d, f = c.d_model, c.d_ff
+    encoder, decoder = (16 * (2 * n * d + f + d) for n in (2, 3))
+    positions = work.source * c.num_encoder_layers * encoder
+    positions += work.target * c.num_decoder_layers * decoder
+    if c.has_final_norm:
+        positions += (work.source + work.target) * 16 * 2 * d
+    return Products(forward, 2 * forward, anew, work.rows * positions)
+
+
+def attention_share(work: Work) -> float:
+    """Which part of the forward pass's products QKᵀ and the weighted sums of V are."""
+    c = dataclasses.replace(work.model, vocab_size=work.vocabulary)
+    return attention_flops(c, work.source, work.target) / forward_flops(
+        c, work.source, work.target
+    )  # fmt: skip
+
+
+class Collective(NamedTuple):
+    """Arrays that devices along some axes of the mesh gather or sum."""
+
+    kind: str
+    """As XLA names it: all-reduce or all-gather."""
+    axes: tuple[str, ...]
+    what: str
+    formula: str
+    bytes: int
+    """Of the results on one device, in a step."""
+    overlaps: bool = False
+    """Whether the backward pass can go on meanwhile."""
+
+    def sent(self, work: Work) -> float:
+        """Bytes that a device sends around a ring: (p−1)/p of a gathered array, twice that of a
+        summed one."""
+        parts = 1
+        for axis in self.axes:
+            parts *= work.mesh.sizes[axis]
+        return (2 if self.kind == "all-reduce" else 1) * (parts - 1) / parts * self.bytes
+
+
+def _of_gradients(work: Work) -> list[Collective]:
+    """The sums of gradients over the parts of the batch."""
+    mesh, c = work.mesh, work.model
+    found = parameters(c)
+    times = WORD * work.accumulation
+    tables = ("embedding", "source_embedding")
+    matrices = [p for p in found if p.gathered and p.name not in tables]
+    if c.tied_output:
+        matrices += [p for p in found if p.name == "embedding"]
+    whole = times * sum(p.elements(mesh, gathered=True) for p in matrices)
+    divided = times * sum(p.elements(mesh) for p in matrices)
+    # The target's table, and the source's own or the same again: their sums are not put together.
+    own = c.source_vocab_size is not None
+    looked_up = [p for p in found if p.name in tables]
+    lookups = times * sum(p.elements(mesh, gathered=True) for p in looked_up) * (1 if own else 2)
+    rows = times * 8 * sum(p.elements(mesh) for p in found if p.name in ROWS)
+    biases = times * sum(
+        p.elements(mesh) for p in found if not p.gathered and p.name not in ROWS
+    )  # fmt: skip
+    return [
+        Collective("all-reduce", ("fsdp",), "gradients of matrices", "4·M/t", whole, True),
+        Collective("all-reduce", ("data",), "gradients of matrices", "4·M/(f·t)", divided, True),
+        Collective("all-reduce", BATCH, "gradients of lookups", "4·2·V·D/t", lookups, True),
+        Collective("all-reduce", BATCH, "gradients of γ, β, b₁, b₂", "4·8·rows", rows, True),
+        Collective("all-reduce", BATCH, "gradients of other biases", "4·biases/t", biases, True),
+    ]
+
+
+def _of_activations(work: Work) -> list[Collective]:
+    """The sums over the parts of heads, hidden features and vocabulary."""
+    c, d = work.model, work.model.d_model
+    rows = work.rows // work.mesh.parts("batch")
+    source, target = rows * work.source, rows * work.target
+    passes = 2 if c.rematerialize == "layers" else 1
+    n_e, n_d = c.num_encoder_layers, c.num_decoder_layers
+    forward = passes * (2 * n_e * source + 3 * n_d * target)
+    # Into Q, K, V and W₁ of each sub-layer; cross-attention has K and V of the source.
+    backward = 2 * n_e * source + n_d * (3 * target + source)
+    rest = source + target + target
+    told = "4·D·(2·N_e·n_s + 3·N_d·n_t)"
+    again = ", twice" if passes == 2 else ""
+    return [
+        Collective("all-reduce", ("tensor",), "sub-layers, forward", told + again,
+                   WORD * d * forward),
+        Collective("all-reduce", ("tensor",), "sub-layers, backward",
+                   "4·D·(2·N_e·n_s + N_d·(3·n_t + n_s))", WORD * d * backward),
+        Collective("all-reduce", ("tensor",), "lookups; into the logits", "4·D·(n_s + 2·n_t)",
+                   WORD * d * rest),
+        Collective("all-reduce", ("tensor",), "max, Σ exp, Σ, label's logit", "4·4·n_t",
+                   WORD * 4 * target),
+    ]  # fmt: skip
+
+
+def collectives(work: Work) -> list[Collective]:
+    """Those of a step that are more than single numbers; along an axis of one device there is none.
+
+    On a GPU or TPU XLA may put a reduce-scatter in the place of the sums over `fsdp`, half of the
+    bytes sent.
+    """
+    mesh = work.mesh
+    passes = 2 if work.model.rematerialize == "layers" else 1
+    layers = [p for p in parameters(work.model) if p.gathered]
+    tables = [p for p in layers if not p.name.startswith("w")]
+    gathered = sum(p.elements(mesh, gathered=True) for p in tables)
+    gathered += passes * sum(p.elements(mesh, gathered=True) for p in layers if p not in tables)
+    found = [
+        Collective("all-gather", ("fsdp",), "parameters at use",
+                   "4·M/t" + (", layers twice" if passes == 2 else ""),
+                   WORD * work.accumulation * gathered, True),
+        *_of_gradients(work),
+        *_of_activations(work),
+    ]  # fmt: skip
+    kept = []
+    for c in found:
+        axes = tuple(axis for axis in c.axes if mesh.sizes[axis] > 1)
+        if axes and c.bytes:
+            kept.append(c._replace(axes=axes))
+    return kept

@@ -1,0 +1,158 @@
+"""The step that is planned, the arrays that it works on, and the bytes of its state."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from tfm.attention import CHUNK
+from tfm.config import TransformerConfig
+from tfm.mesh import MeshConfig, check_divides
+from tfm.sharding import PARAMETERS
+
+WORD = 4
+"""Bytes of a number of the state, of a token and of an activation: all are of 32 bits.
+
+With `compute_dtype=bfloat16` too: operands alone are rounded, products are summed in f32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One optimizer step of `rows` packed rows, over a mesh whose `data` is decided.
+
+    Raises:
+      ValueError: a mesh that does not divide the model or a micro-batch's rows, accumulation that
+        does not divide the rows, or float64.
+    """
+
+    model: TransformerConfig
+    mesh: MeshConfig
+    rows: int
+    source: int
+    """Source positions of a row."""
+    target: int
+    """Target positions of a row."""
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "source", "target", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.model.compute_dtype == "float64":
+            raise ValueError("compute_dtype=float64 is for checks: there is no plan of it")
+        if self.rows % self.accumulation:
+            raise ValueError(f"accumulation={self.accumulation} does not divide rows={self.rows}")
+        check_divides(self.model, self.mesh, self.rows)
+        try:
+            check_divides(self.model, self.mesh, self.rows // self.accumulation)
+        except ValueError as error:
+            told = f"of a micro-batch, {self.rows} rows / accumulation={self.accumulation}"
+            raise ValueError(f"{error} ({told})") from None
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh.sizes.values())
+
+    @property
+    def tensor(self) -> int:
+        return self.mesh.tensor
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch on one device."""
+        return self.rows // self.accumulation // self.mesh.parts("batch")
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the target's table."""
+        return self.model.padded(self.model.vocab_size)
+
+    @property
+    def target_tokens(self) -> int:
+        """Target positions of a step, padding included."""
+        return self.rows * self.target
+
+    def keeps_weights(self, length: int, keys: int, platform: str) -> bool:
+        """Whether an attention has all of softmax(QKᵀ/√d_k) in memory, as `tfm.attention` decides.
+
+        platform: 'cpu', 'cuda' or 'tpu'.
+        """
+        c = self.model
+        if c.attention != "auto" or c.attention_dropout_rate:
+            return c.attention == "reference" or c.attention_dropout_rate > 0
+        if platform == "cpu":
+            whole = self.rows // self.accumulation * c.num_heads * length * keys
+            return whole <= CHUNK
+        d_k = c.d_model // c.num_heads
+        fits = length % 2 == keys % 2 == 0 and d_k <= 128 and d_k % 8 == 0
+        return not (platform == "cuda" and c.compute_dtype == "bfloat16" and fits)
+
+
+class Parameter(NamedTuple):
+    """Parameters of one name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+
+    @property
+    def meanings(self) -> tuple[str | None, ...]:
+        return PARAMETERS.get(self.name, (None,) * len(self.shape))
+
+    @property
+    def gathered(self) -> bool:
+        """Whether `fsdp` divides it, so that it is gathered where it is used."""
+        return "embed" in self.meanings
+
+    def elements(self, mesh: MeshConfig, *, gathered: bool = False) -> int:
+        """Elements of all of them on one device; or as a product has them."""
+        used = [None if gathered and m == "embed" else m for m in self.meanings]
+        one = math.prod(n // mesh.parts(m) for n, m in zip(self.shape, used, strict=True))
+        return one * self.count
+
+
+def parameters(config: TransformerConfig) -> list[Parameter]:
+    """All parameters of the model."""
+    c, d, f = config, config.d_model, config.d_ff
+    layers = c.num_encoder_layers + c.num_decoder_layers
+    attentions = c.num_encoder_layers + 2 * c.num_decoder_layers
+    norms = layers + attentions + 2 * c.has_final_norm
+    rows = c.padded(c.vocab_size)
+    found = [Parameter(f"w_{n}", (d, d), attentions) for n in "qkvo"]
+    if c.projection_bias:
+        found += [Parameter(f"b_{n}", (d,), attentions) for n in "qkvo"]
+    found += [
+        Parameter("w1", (d, f), layers), Parameter("b1", (f,), layers),
+        Parameter("w2", (f, d), layers), Parameter("b2", (d,), layers),
+        Parameter("scale", (d,), norms), Parameter("bias", (d,), norms),
+        Parameter("embedding", (rows, d), 1),
+    ]  # fmt: skip
+    if c.source_vocab_size is not None:
+        found.append(Parameter("source_embedding", (c.padded(c.source_vocab_size), d), 1))
+    if not c.tied_output:
+        found.append(Parameter("output", (d, rows), 1))
+    if c.output_bias:
+        found.append(Parameter("output_bias", (rows,), 1))
+    if c.positions == "learned":
+        found += [Parameter(f"{n}_positions", (c.max_learned_positions, d), 1)
+                  for n in ("source", "target")]  # fmt: skip
+    return found
+
+
+COUNTERS = (4 + 4 + 4) + 8
+"""Bytes of the step's number, Adam's and the schedule's (int32 each), and of the key (2 uint32)."""
+
+
+def parameter_bytes(work: Work) -> int:
+    """Bytes of the parameters on one device."""
+    return WORD * sum(p.elements(work.mesh) for p in parameters(work.model))
+
+
+def batch_bytes(work: Work) -> int:
+    """Bytes of a batch on one device: tokens, segment ids and positions of both sides."""
+    rows = work.rows // work.mesh.parts("batch")
+    return WORD * 3 * rows * (work.source + work.target)
+
+
+def argument_bytes(work: Work) -> int:
+    """Bytes of a step's arguments on one device: parameters, two moments, counters, batch."""
+    return 3 * parameter_bytes(work) + COUNTERS + batch_bytes(work)
