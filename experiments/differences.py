@@ -13,10 +13,18 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(
-    old: dict[str, Any], new: dict[str, Any], may_differ: Collection[str] = ()
+    old: dict[str, Any],
+    new: dict[str, Any],
+    may_differ: Collection[str] = (),
+    defaults: dict[str, Any] | None = None,
 ) -> list[str]:
-    """`field: old -> new` for each field that differs, fields of nested objects as `a.b`."""
-    before, now = _flat(old), _flat(new)
+    """`field: old -> new` for each field that differs, fields of nested objects as `a.b`.
+
+    defaults: what fields stood at where they are not written: those that came into being since.
+    """
+    now = _flat(new)
+    since = {name: value for name, value in _flat(defaults or {}).items() if name in now}
+    before = since | _flat(old)
     return [
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

@@ -13,10 +13,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from experiments.differences import differences
 from experiments.guard import Guard, Meter
 from experiments.peers import Peers
-from experiments.run_folder import RunFolder, RunFolderError
+from experiments.run_folder import RunFolder, RunFolderError, changes
 from tfm.checkpoint import CheckpointError, Checkpoints
 from tfm.config import TransformerConfig
 from tfm.mesh import fit_vocabulary
@@ -37,7 +36,7 @@ def check_identity(path: Path, notes: dict[str, Any], identity: dict[str, Any]) 
 
     The position of the batches is only a number: other data would be gone through all the same.
     """
-    if differing := differences(notes["identity"], identity):
+    if differing := changes(notes["identity"], identity):
         raise RunFolderError(
             f"{path} belongs to another run ({'; '.join(differing)}): "
             "name another folder with --run"

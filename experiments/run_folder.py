@@ -16,6 +16,7 @@ from tensorboardX.summary import scalar
 
 from experiments.differences import differences
 from experiments.errors import UserError
+from tfm.config import TransformerConfig
 from tfm.manifest import write_durably
 
 
@@ -39,6 +40,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [plain(member) for member in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def changes(
+    old: dict[str, Any], new: dict[str, Any], may_differ: Collection[str] = ()
+) -> list[str]:
+    """`differences` of two runs' configs; an older one may lack fields that the model has since."""
+    return differences(old, new, may_differ, {"model": plain(TransformerConfig())})
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,7 +96,7 @@ class RunFolder:
 
     def _check(self, config: dict[str, Any], may_differ: Collection[str]) -> None:
         old = self.read("config.json")
-        if old is not None and (differing := differences(old, config, may_differ)):
+        if old is not None and (differing := changes(old, config, may_differ)):
             raise RunFolderError(
                 f"{self.path} holds a run with another config ({'; '.join(differing)}): "
                 "name another folder with --run"

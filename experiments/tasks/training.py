@@ -141,8 +141,8 @@ class TrainingConfig:
 MAY_DIFFER = {
     "mesh", *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
     "cluster", *(f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)),
-    "compilation_cache", "preset", "run", "steps", "save_every", "log_every", "evaluate_every", "most_skipped",
-    "keep_checkpoints", "patience",
+    "compilation_cache", "preset", "run", "steps", "save_every", "log_every", "evaluate_every",
+    "most_skipped", "keep_checkpoints", "patience",
 }  # fmt: skip
 """Fields that may change from one sitting to the next: they change no update, or (steps) extend."""
 

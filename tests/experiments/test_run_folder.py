@@ -47,6 +47,20 @@ def test_write_json_leaves_one_file_and_keeps_the_letters(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": 2}
 
 
+def test_a_run_of_before_a_field_was_there_goes_on_where_it_stands_at_its_default(tmp_path):
+    now = {"model": {"d_model": 8, "scan_layers": False}}
+    with RunFolder(tmp_path).claim({"model": {"d_model": 8}}, ()):
+        pass
+    with RunFolder(tmp_path).claim(now, ()):
+        pass
+    now["model"]["scan_layers"] = True
+    with (
+        pytest.raises(RunFolderError, match="model.scan_layers: False -> True"),
+        RunFolder(tmp_path).claim(now, ()),
+    ):
+        pass
+
+
 def test_claim_makes_the_folder_and_takes_the_same_config_again(folder):
     assert folder.read("config.json") is None
     claim(folder, CONFIG, set())
