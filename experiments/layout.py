@@ -39,23 +39,31 @@ class Layout:
     divide the model or the batch; the message names the flags.
     """
 
-    def __init__(self, config: MeshConfig, model: TransformerConfig, rows: int) -> None:
+    def __init__(
+        self, config: MeshConfig, model: TransformerConfig, rows: int, accumulation: int = 1
+    ) -> None:
         try:
             self.config = config.over(len(jax.devices()))
             check_divides(model, self.config)
             self.mesh = make_mesh(self.config)
         except ValueError as error:
             raise LayoutError(str(error)) from None
-        try:
-            check_divides(model, self.config, rows)
-        except ValueError as error:
-            parts, fsdp = self.config.parts("batch"), self.config.fsdp
-            fewer = next((n for n in range(parts // fsdp, 0, -1) if rows % (n * fsdp) == 0), None)
-            other = f", or --mesh.data {fewer}" if fewer else ""
-            more = -(-rows // parts) * parts
-            raise LayoutError(f"{error}: take --rows {more}{other}") from None
+        self._check_rows(rows, accumulation)
         self._rows = rows
         self._batch = batch_sharding(self.mesh)
+
+    def _check_rows(self, rows: int, accumulation: int) -> None:
+        parts, fsdp = self.config.parts("batch"), self.config.fsdp
+        micro = rows // accumulation
+        if micro % parts == 0:
+            return
+        of = f"rows={rows}" if accumulation == 1 else f"rows={rows} / accumulation={accumulation}"
+        fewer = next((n for n in range(parts // fsdp, 0, -1) if micro % (n * fsdp) == 0), None)
+        raise LayoutError(
+            f"mesh.data={self.config.data} × mesh.fsdp={fsdp} does not divide {of}: take --rows "
+            f"{-(-micro // parts) * parts * accumulation}"
+            + (f", or --mesh.data {fewer}" if fewer else "")
+        )
 
     @property
     def own_rows(self) -> slice:

@@ -39,25 +39,30 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     from experiments.bench.referee import BenchConfig
     from experiments.bridge.convert import ExportConfig, ImportConfig
     from experiments.claims.ledger import ClaimsConfig
+    from experiments.plan.plan import PlanConfig
     from experiments.predict import PredictConfig
     from experiments.tasks.pronounce import PronounceConfig
     from experiments.tasks.translate_config import TranslateConfig
     from experiments.translation.score import ScoreConfig
     from experiments.variants import VariantsConfig
 
-    pages = README + (ROOT / "docs" / "translation.md").read_text(encoding="utf-8")
-    lines = re.findall(r"python -m experiments\.run(.*)", pages)
+    pages = [ROOT / "docs" / name for name in ("translation.md", "scaling.md")]
+    text = "\n".join([README, *(page.read_text(encoding="utf-8") for page in pages)])
+    lines = re.findall(r"python -m experiments\.run(.*)", text.replace("\\\n", ""))
     assert len(lines) > 4
     configs = {
         "predict": PredictConfig, "claims": ClaimsConfig, "bench": BenchConfig, "cost": CostConfig,
         "import": ImportConfig, "export": ExportConfig, "translate": TranslateConfig,
-        "score": ScoreConfig, "variants": VariantsConfig,
+        "score": ScoreConfig, "variants": VariantsConfig, "plan": PlanConfig,
     }  # fmt: skip
     for line in lines:
         config = configs.get(line.split()[0] if line.split() else "", PronounceConfig)
-        fields = {field.name.replace("_", "-") for field in dataclasses.fields(config)}
-        for flag in re.findall(r"(?<= )--([a-z0-9-]+)", line):
-            assert flag in fields | {"help"}, f"--{flag}"
+        fields = {field.name.replace("_", "-"): field for field in dataclasses.fields(config)}
+        for flag, inner in re.findall(r"(?<= )--([a-z0-9-]+)(?:\.([a-z0-9-]+))?", line):
+            assert flag in fields.keys() | {"help"}, f"--{flag}"
+            if inner:
+                known = {f.name.replace("_", "-") for f in dataclasses.fields(fields[flag].default)}
+                assert inner in known, f"--{flag}.{inner}"
 
 
 def test_the_lines_that_load_a_model_run(tmp_path, monkeypatch, capsys):

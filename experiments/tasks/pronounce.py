@@ -226,7 +226,7 @@ def run(config: PronounceConfig) -> None:
     with together(config) as peers:
         lexicons = load_lexicons(config)
         config = resolve(config, lexicons)
-        layout = Layout(config.mesh, config.model, config.rows)
+        layout = Layout(config.mesh, config.model, config.rows, config.accumulation)
         examples, fingerprint = prepare(config, lexicons)
         as_json = plain(config) | {"data_sha256": fingerprint}
         vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}

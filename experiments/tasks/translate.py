@@ -330,7 +330,8 @@ def run(config: TranslateConfig) -> None:
         start = None if config.from_run is None else load(config.from_run)
         if start is not None:
             config = begun_from(config, start)
-        layout = Layout(config.mesh, divisible(config.model, config.mesh), config.rows)
+        model = divisible(config.model, config.mesh)
+        layout = Layout(config.mesh, model, config.rows, config.accumulation)
         as_json = plain(config) | {"task": "translate", "corpora": texts.sha256}
         if start is not None:
             as_json["start_sha256"] = state_sha256(without_moments(start.params, 1), None)

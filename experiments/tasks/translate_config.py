@@ -35,6 +35,8 @@ class TranslateConfig(TrainingConfig):
     """Test text. None: the validation text is the test."""
     dataset: str | None = None
     """In the place of --train: a dataset of the Hugging Face hub (needs `datasets`, a network)."""
+    dataset_subset: str | None = None
+    """Its subset (configuration), where it has several."""
     dataset_columns: tuple[str, str] | None = None
     """Its columns, or languages of its column `translation`. None: the only two that there are."""
     from_run: Path | None = None
@@ -69,10 +71,10 @@ _SIZES = {
 }  # fmt: skip
 _TRAININGS = {
     "small": {"steps": 10_000, "rows": 16, "learning_rate": 1e-3, "warmup_steps": 1000},
-    "base": {"steps": 100_000, "rows": 196, "schedule": "paper", "learning_rate": 7e-4,
+    "base": {"steps": 100_000, "rows": 192, "schedule": "paper", "learning_rate": 7e-4,
              "warmup_steps": 4000, "accumulation": 4, "keep_checkpoints": 5, "weights": "average"},
-    "big": {"steps": 300_000, "rows": 196, "schedule": "paper", "learning_rate": 5e-4,
-            "warmup_steps": 4000, "accumulation": 7, "keep_checkpoints": 20, "weights": "average"},
+    "big": {"steps": 300_000, "rows": 192, "schedule": "paper", "learning_rate": 5e-4,
+            "warmup_steps": 4000, "accumulation": 6, "keep_checkpoints": 20, "weights": "average"},
 }  # fmt: skip
 
 

@@ -44,7 +44,8 @@ def read(config: TranslateConfig) -> Texts:
     if config.dataset is None:
         train: Files | Hub = Files(config.train)
     else:
-        train = Hub(config.dataset, *(config.dataset_columns or ()))
+        columns = config.dataset_columns or ()
+        train = Hub(config.dataset, *columns, subset=config.dataset_subset)
     parts = {
         name: Files(getattr(config, name)) for name in ("valid", "test") if getattr(config, name)
     }

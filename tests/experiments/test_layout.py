@@ -44,6 +44,13 @@ def test_what_the_devices_cannot_share_is_refused_by_name(mesh, rows, why):
     assert why in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_rows_of_a_micro_batch_are_divided():
+    Layout(MeshConfig(), MODEL, rows=32, accumulation=4)
+    why = "does not divide rows=24 / accumulation=4: take --rows 32, or --mesh.data 6"
+    with pytest.raises(LayoutError, match=why):
+        Layout(MeshConfig(), MODEL, rows=24, accumulation=4)
+
+
 def test_a_vocabulary_is_padded_only_where_the_mesh_does_not_divide_it():
     assert divisible(MODEL, MeshConfig(tensor=2)) is MODEL
     assert divisible(MODEL, MeshConfig(tensor=4)).vocab_multiple == 4

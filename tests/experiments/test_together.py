@@ -136,6 +136,23 @@ def test_their_checkpoint_resumes_on_other_devices(stopped, words, devices, tmp_
     assert results["resumed_from"] == [step] and results["devices"] == devices
 
 
+def test_a_mesh_of_eight_devices_says_what_each_holds_and_its_model_predicts(words, tmp_path):
+    """Heads, vocabulary and d_model in two parts each; the vocabulary of 8 and 9 is padded."""
+    run, mesh = tmp_path / "run", ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
+    results = whole(run, 20, [*words, *TINY, *mesh], devices=8)
+    assert results["devices"] == 8
+    assert results["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    held, whole_bytes = results["parameter_bytes_per_device"], 4 * results["parameters"]
+    # What is no matrix stays whole, and is a tenth of this small model.
+    assert whole_bytes / 4 < held < whole_bytes / 4 + whole_bytes / 10
+    assert 2 * held <= results["moment_bytes_per_device"] <= 2 * held + 8
+    predict = [sys.executable, "-m", "experiments.run", "predict", "--run", str(run)]
+    said = subprocess.run(
+        predict, input="abc\n", capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert said.returncode == 0 and said.stdout.count("\n") == 1, said.stderr
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_is_killed_ends_the_other(words, victim, tmp_path):
     processes = pair(tmp_path / "run", FOREVER, words)
