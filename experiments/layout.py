@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -49,6 +50,12 @@ class Layout:
         except ValueError as error:
             raise LayoutError(str(error)) from None
         self._check_rows(rows, accumulation)
+        taking_part = {device.process_index for device in self.mesh.devices.flat}
+        if left_out := set(range(jax.process_count())) - taking_part:
+            raise LayoutError(
+                f"the mesh of {self.mesh.size} devices leaves out all those of process "
+                f"{min(left_out)}: start fewer processes, or make the mesh larger"
+            )
         self._rows = rows
         self._batch = batch_sharding(self.mesh)
 
@@ -65,7 +72,7 @@ class Layout:
             + (f", or --mesh.data {fewer}" if fewer else "")
         )
 
-    @property
+    @functools.cached_property
     def own_rows(self) -> slice:
         """The rows of each batch that this process's devices hold: it reads no others."""
         found = self._batch.addressable_devices_indices_map((self._rows,)).values()
@@ -103,9 +110,14 @@ class Layout:
 
         return step
 
-    def _share(self, rows: np.ndarray) -> jax.Array:
-        shape = (self._rows, *rows.shape[1:])
-        return jax.make_array_from_process_local_data(self._batch, rows, shape)
+    def _share(self, own: np.ndarray) -> jax.Array:
+        first, shape = self.own_rows.start, (self._rows, *own.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(self._rows)
+            return own[start - first : stop - first]
+
+        return jax.make_array_from_callback(shape, self._batch, part)
 
     def on_one_device(self, tree: chex.ArrayTree) -> chex.ArrayTree:
         """The same arrays whole, on this process's first device; all processes take part."""

@@ -103,9 +103,7 @@ def state_shardings(mesh: Mesh, state: chex.ArrayTree) -> chex.ArrayTree:
     def of(path: tuple[Any, ...], x: Any) -> NamedSharding:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
         meanings = PARAMETERS.get(names[-1], ()) if names else ()
-        return NamedSharding(
-            mesh, partition(x.shape, meanings[-len(x.shape) or len(meanings) :], mesh)
-        )
+        return NamedSharding(mesh, partition(x.shape, meanings, mesh))
 
     return jax.tree_util.tree_map_with_path(of, state)
 
