@@ -39,6 +39,7 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     from experiments.bench.referee import BenchConfig
     from experiments.bridge.convert import ExportConfig, ImportConfig
     from experiments.claims.ledger import ClaimsConfig
+    from experiments.cluster import ClusterConfig
     from experiments.plan.plan import PlanConfig
     from experiments.predict import PredictConfig
     from experiments.tasks.pronounce import PronounceConfig
@@ -57,7 +58,9 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     }  # fmt: skip
     for line in lines:
         config = configs.get(line.split()[0] if line.split() else "", PronounceConfig)
-        fields = {field.name.replace("_", "-"): field for field in dataclasses.fields(config)}
+        # The cluster's flags go without its name: `experiments.run`.
+        both = (*dataclasses.fields(config), *dataclasses.fields(ClusterConfig))
+        fields = {field.name.replace("_", "-"): field for field in both}
         for flag, inner in re.findall(r"(?<= )--([a-z0-9-]+)(?:\.([a-z0-9-]+))?", line):
             assert flag in fields.keys() | {"help"}, f"--{flag}"
             if inner:

@@ -180,6 +180,7 @@ def together(config: TrainingConfig) -> Iterator[Peers]:
                 f"{peers.count}: give --coordinator, --process-id and --num-processes"
             )
         yield peers
+        peers.meet("the end")  # the first may translate and report for long
     except KeyboardInterrupt:
         peers.fail("interrupted")
         raise
