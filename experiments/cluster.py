@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import importlib.util
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -99,11 +100,16 @@ def environment_tells() -> str | None:
 
         if cloud_tpu_init.running_in_cloud_tpu_vm:
             return METADATA
-    # JAX asks the Kubernetes API how many there are, through a package that is not everywhere.
+    # JAX asks the Kubernetes API how many there are, through the package `kubernetes`.
     indexed = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= tells.keys()
-    if indexed and importlib.util.find_spec("kubernetes"):
-        return "Kubernetes"
-    return None
+    return "Kubernetes" if indexed else None
+
+
+def _shares_its_machine() -> bool:
+    """Whether other processes of the run are on this machine, as Slurm and Open MPI tell."""
+    tells = os.environ
+    told = tells.get("SLURM_STEP_TASKS_PER_NODE", tells.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""))
+    return any(int(tasks) > 1 for tasks in re.findall(r"(?:^|,)(\d+)", told))  # 2(x3),1
 
 
 def place_of(config: ClusterConfig) -> Place | None:
@@ -127,7 +133,9 @@ def place_of(config: ClusterConfig) -> Place | None:
         )  # fmt: skip
         if None in told[:3]:
             raise ValueError("it does not say which process this is")
-        place = Place(*host_and_port(told[0]), told[2], told[1], told[3])
+        # JAX gives each task of Slurm and Open MPI one device, alone on its machine or not.
+        devices = told[3] if _shares_its_machine() else None
+        place = Place(*host_and_port(told[0]), told[2], told[1], devices)
     except Exception as error:  # whatever the cluster's own interface has to say
         if cluster == METADATA:  # not there in a notebook of somebody's, on one machine
             return None

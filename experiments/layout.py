@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.errors import UserError
+from experiments.run_folder import RunFolder
 from tfm.config import TransformerConfig
 from tfm.mesh import MeshConfig, batch_sharding, check_divides, make_mesh, state_shardings
 from tfm.training import Batch, TrainState
@@ -24,13 +26,26 @@ class LayoutError(UserError):
     """Why the devices cannot share a training."""
 
 
-def divisible(model: TransformerConfig, mesh: MeshConfig) -> TransformerConfig:
-    """The model with its vocabularies padded so far that `tensor` divides them."""
+def divisible(
+    model: TransformerConfig, mesh: MeshConfig, folder: RunFolder | None = None
+) -> TransformerConfig:
+    """The model with its vocabularies padded so far that `tensor` divides them.
+
+    folder: of a run to go on with, padded as its last sitting had it where no flag says otherwise.
+    """
+    before = (folder and folder.read("config.json")) or {}
+    if model.vocab_multiple == 1:
+        multiple = before.get("model", {}).get("vocab_multiple", 1)
+        model = dataclasses.replace(model, vocab_multiple=multiple)
     sizes = [model.vocab_size, model.source_vocab_size or model.vocab_size]
     if all(model.padded(size) % mesh.tensor == 0 for size in sizes):
         return model
     multiple = math.lcm(model.vocab_multiple, mesh.tensor)
     return dataclasses.replace(model, vocab_multiple=multiple)
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 class Layout:
@@ -43,6 +58,8 @@ class Layout:
     def __init__(
         self, config: MeshConfig, model: TransformerConfig, rows: int, accumulation: int = 1
     ) -> None:
+        if config.data is None:
+            config = self._as_many_as_divide(config, rows // accumulation)
         try:
             self.config = config.over(len(jax.devices()))
             check_divides(model, self.config)
@@ -58,6 +75,19 @@ class Layout:
             )
         self._rows = rows
         self._batch = batch_sharding(self.mesh)
+
+    @staticmethod
+    def _as_many_as_divide(config: MeshConfig, rows: int) -> MeshConfig:
+        """`data` for every visible device, or for as many as can share the rows."""
+        visible, others = len(jax.devices()), config.fsdp * config.tensor
+        most = max(1, visible // others)
+        data = next((n for n in range(most, 0, -1) if rows % (n * config.fsdp) == 0), most)
+        if data < most and jax.process_index() == 0:
+            print(
+                f"{data * others} of {visible} devices take part: more do not divide {rows} rows",
+                file=sys.stderr,
+            )
+        return dataclasses.replace(config, data=data) if data < most else config
 
     def _check_rows(self, rows: int, accumulation: int) -> None:
         parts, fsdp = self.config.parts("batch"), self.config.fsdp
@@ -121,11 +151,16 @@ class Layout:
 
     def on_one_device(self, tree: chex.ArrayTree) -> chex.ArrayTree:
         """The same arrays whole, on this process's first device; all processes take part."""
-        if self.mesh.size == 1:
-            return tree
+        return tree if self.mesh.size == 1 else jax.tree.map(self._whole, tree)
+
+    def on_host(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+        """The same arrays whole, in this process's memory; all processes take part."""
+        return jax.tree.map(lambda x: np.asarray(self._whole(x)), tree)
+
+    def _whole(self, x: jax.Array) -> jax.Array:
+        """One array at a time: on the way it is whole on every device."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        copies = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
-        return jax.tree.map(lambda x: x.addressable_data(0), copies)
+        return jax.jit(_same, out_shardings=everywhere)(x).addressable_data(0)
 
     def agreement(self) -> Callable[[int | None], int | None]:
         """A function that makes of what each process says one answer for all: the largest number.

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,6 +14,10 @@ from experiments.run_folder import MetricsLog, RunFolder
 from experiments.stopping import StopSignal
 from tfm.checkpoint import state_sha256
 from tfm.training import TrainState
+
+
+class Stopped(SystemExit):
+    """All processes have agreed to stop, and have saved."""
 
 
 class DivergedError(UserError):
@@ -126,7 +129,7 @@ class _Record:
         self.keeper.wait()
         step = self.guard.step
         self.display.say(f"stopped and saved at step {step}; the same command goes on")
-        sys.exit(128 + signal)
+        raise Stopped(128 + signal)
 
 
 def train(
@@ -164,6 +167,7 @@ def train(
         state, notes = keeper.resume(state, stop.say)
         done = int(state.step)
         resumed_from = peers.from_first(folder.note_sitting(done) if peers.is_first else None)
+        folder.check_shared()
         guard, meter = Guard(done, notes["batches"], notes["in_a_row"]), Meter(notes["seconds"])
         log = MetricsLog(folder, done + 1, guard.drawn) if peers.is_first else None
         with (

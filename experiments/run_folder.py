@@ -161,6 +161,21 @@ class RunFolder:
         write_json(self.path / "resumed_from.json", {"steps": resumed})
         return resumed
 
+    def check_shared(self, seconds: float = 60) -> None:
+        """Raises RunFolderError where this process does not see what the first one has written.
+
+        A network's file system may take some seconds to show it.
+        """
+        file = self.path / "resumed_from.json"
+        deadline = time.monotonic() + seconds
+        while not file.exists():
+            if time.monotonic() > deadline:
+                raise RunFolderError(
+                    f"{file}: not here, though process 0 has written it: --run must name a folder "
+                    "that all processes see"
+                )
+            time.sleep(0.5)
+
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that are measurements, not skipped steps."""
         return [line for line in self.lines() if "skipped" not in line]

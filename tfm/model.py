@@ -17,12 +17,12 @@ from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_logits
 from tfm.layers import (
+    INITIALIZERS,
     DecoderLayer,
     EncoderLayer,
     Functions,
     LayerCache,
     LayerNorm,
-    matrix,
     site_key,
 )
 from tfm.masks import causal_mask, padding_mask, segment_mask
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
                 for n in ("source", "target")
             }
         if not c.tied_output:
-            matrix(self, "output", (c.d_model, c.padded(c.vocab_size)))
+            self._output()
         if c.output_bias:
             self.bias = self.param("output_bias", nn.initializers.zeros, (c.padded(c.vocab_size),))
         anew = nn.remat if c.rematerialize == "layers" else lambda layer: layer
@@ -104,6 +104,17 @@ class Transformer(nn.Module):
         init = nn.initializers.normal(c.d_model**-0.5)
         return at_use(name, self.param(name, init, (rows, c.d_model)))
 
+    def _output(self) -> None:
+        """The output's own matrix; drawn as if nothing were padded."""
+        c = self.config
+
+        def drawn(key: Array, shape: tuple[int, int]) -> Array:
+            words = INITIALIZERS[c.initializer](key, (c.d_model, c.vocab_size))
+            return jnp.pad(words, [(0, 0), (0, shape[1] - c.vocab_size)])
+
+        if not isinstance(self.get_variable("params", "output"), Quantized):
+            self.param("output", drawn, (c.d_model, c.padded(c.vocab_size)))
+
     def _embed(
         self, side: str, ids: Array, positions: Array | None, dropout_key: Array | None
     ) -> Array:
@@ -112,7 +123,10 @@ class Transformer(nn.Module):
         if positions is not None:
             assert_broadcasts(f"{side}_positions", positions, ids.shape)
         table = self.source_table if side == "source" else self.target_table
-        assert_ids(side, ids, table.shape[0])
+        words = (side == "source" and c.source_vocab_size) or c.vocab_size
+        assert_ids(side, ids, words)
+        if words < len(table):  # the rows beyond are no words: NaN, as all ids outside
+            ids = jnp.where(ids < words, ids, len(table))
         x, length = embed(ids, table, scale=c.scale_embeddings), ids.shape[-1]
         if c.positions == "learned":
             if positions is None:

@@ -14,7 +14,7 @@ from experiments.layout import Layout, divisible
 from experiments.packing import packed_batches
 from experiments.peers import Peers
 from experiments.pronouncer import Pronouncer
-from experiments.run_folder import RunFolder, named, plain, write_json
+from experiments.run_folder import RunFolder, plain, write_json
 from experiments.tasks.pronounce_report import report
 from experiments.tasks.training import (
     MAY_DIFFER,
@@ -23,11 +23,11 @@ from experiments.tasks.training import (
     make_valid_loss,
     together,
     train_model,
+    write_params,
 )
 from experiments.vocabulary import BOS, Vocabulary
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
-from tfm.sharing import export_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +108,10 @@ def load_lexicons(config: PronounceConfig) -> Lexicons:
     return Lexicons(*parts, letters, phones)
 
 
-def resolve(config: PronounceConfig, lexicons: Lexicons) -> PronounceConfig:
-    """The config with the vocabulary sizes of the data.
+def resolve(
+    config: PronounceConfig, lexicons: Lexicons, folder: RunFolder | None = None
+) -> PronounceConfig:
+    """The config with the vocabulary sizes of the data, padded as in the folder's last sitting.
 
     Raises DataError where --model names other sizes than the data has.
     """
@@ -119,7 +121,7 @@ def resolve(config: PronounceConfig, lexicons: Lexicons) -> PronounceConfig:
         asked = getattr(config.model, name)
         if asked not in (size, getattr(default, name)):
             raise DataError(f"--model.{name}={asked}, but the data's vocabulary has {size} symbols")
-    model = divisible(dataclasses.replace(config.model, **sizes), config.mesh)
+    model = divisible(dataclasses.replace(config.model, **sizes), config.mesh, folder)
     return dataclasses.replace(config, model=model)
 
 
@@ -225,14 +227,14 @@ def run(config: PronounceConfig) -> None:
     """The whole job: data, training, evaluation, report."""
     with together(config) as peers:
         lexicons = load_lexicons(config)
-        config = resolve(config, lexicons)
+        config = resolve(config, lexicons, RunFolder(config.run))
         layout = Layout(config.mesh, config.model, config.rows, config.accumulation)
         examples, fingerprint = prepare(config, lexicons)
         as_json = plain(config) | {"data_sha256": fingerprint}
         vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
         identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
         identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
-        check_together(peers, identity)
+        check_together(peers, as_json)
         train = partial(
             fit, config, lexicons, examples, identity, RunFolder(config.run), layout, peers
         )
@@ -268,8 +270,6 @@ def lead(
         valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
         results = results_of(config, about, valid, test)
         report(as_json, lexicons, folder, pronouncer, results, test.hypotheses)
-        about_params = {"config": json.dumps(as_json["model"]), "steps": str(results["steps"])}
-        with named(folder.path / "params.safetensors"):
-            export_params(folder.path / "params.safetensors", pronouncer.params, about_params)
+        write_params(folder, config.model, pronouncer.params, results["steps"])
         # Last, so that a folder with results is a folder with everything.
         write_json(folder.path / "results.json", results)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +18,17 @@ from experiments.cluster import ClusterConfig, start
 from experiments.guard import Metrics
 from experiments.keeper import Batches
 from experiments.layout import Layout
-from experiments.loop import Schedule, train
+from experiments.loop import Schedule, Stopped, train
 from experiments.packing import packed_rows
 from experiments.peers import Peers
-from experiments.run_folder import RunFolder
+from experiments.run_folder import RunFolder, named, plain
 from experiments.stopping import StopSignal
 from experiments.wire import PeerError
 from tfm.config import TransformerConfig
 from tfm.loss import SmoothedOver
-from tfm.mesh import MeshConfig
+from tfm.mesh import MeshConfig, fit_vocabulary
 from tfm.model import Transformer
+from tfm.sharing import export_params
 from tfm.training import (
     cosine_schedule,
     init_state,
@@ -181,21 +183,27 @@ def together(config: TrainingConfig) -> Iterator[Peers]:
             )
         yield peers
         peers.meet("the end")  # the first may translate and report for long
-    except KeyboardInterrupt:
-        peers.fail("interrupted")
+    except Stopped:  # all of them have
         raise
-    except Exception as error:
+    except SystemExit:
+        peers.fail("it was told to stop")
+        raise
+    except BaseException as error:
         peers.fail(str(error) or type(error).__name__)
         raise
     finally:
         peers.close()
 
 
-def check_together(peers: Peers, identity: dict[str, Any]) -> None:
-    """Raises PeerError where the processes would not train the same: the difference is named."""
+def check_together(peers: Peers, config: dict[str, Any]) -> None:
+    """Raises PeerError where the processes would not train the same: the difference is named.
+
+    config: as JSON, all that decides what is done when, too.
+    """
+    config = {k: v for k, v in config.items() if k not in ("cluster", "compilation_cache")}
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    peers.meet("the run", identity | {"versions": versions, "python": platform.python_version()})
+    peers.meet("the run", config | {"versions": versions, "python": platform.python_version()})
 
 
 def train_model(
@@ -227,21 +235,34 @@ def train_model(
     )  # fmt: skip
     with StopSignal() as stop:
         # A raw key: a plain array, like all else in the state.
-        state = init_state(model, optimizer, jax.random.PRNGKey(config.seed))
+        # On the host, since it may be more than a device holds.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            state = init_state(model, optimizer, jax.random.PRNGKey(config.seed))
         if initial is not None:
             state = state.replace(params=initial)
         state = layout.place(state)
         step = layout.step(skip_nonfinite(train_step), state, peers.unwatched)
 
         def evaluate_once(params: chex.ArrayTree) -> Metrics:
+            params = layout.on_one_device(params)
             with peers.unwatched():
-                params = layout.on_one_device(params)
                 return peers.from_first(evaluate(params) if peers.is_first else None)
 
         trained, facts = train(
             step, state, batches, folder, config.when(), learning_rate=learning_rate,
             evaluate=evaluate_once, identity=identity, stop=stop, agree=layout.agreement(),
-            on_host=layout.on_one_device, peers=peers,
+            on_host=layout.on_host, peers=peers,
         )  # fmt: skip
-    params = layout.on_one_device(trained.params)
+        params = layout.on_one_device(trained.params)
     return params, {"parameters": config.model.parameter_count()} | layout.facts(trained) | facts
+
+
+def write_params(
+    folder: RunFolder, model: TransformerConfig, params: chex.ArrayTree, steps: int
+) -> None:
+    """params.safetensors: the final parameters alone, without rows that only a mesh needed."""
+    model = dataclasses.replace(model, vocab_multiple=1)
+    path = folder.path / "params.safetensors"
+    with named(path):
+        about = {"config": json.dumps(plain(model)), "steps": str(steps)}
+        export_params(path, fit_vocabulary(params, model), about)

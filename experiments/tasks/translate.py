@@ -17,7 +17,13 @@ from experiments.keeper import check_newest, without_moments, write_final
 from experiments.layout import Layout, divisible
 from experiments.peers import Peers
 from experiments.run_folder import RunFolder, RunFolderError, named, plain, write_json
-from experiments.tasks.training import check_together, make_valid_loss, together, train_model
+from experiments.tasks.training import (
+    check_together,
+    make_valid_loss,
+    together,
+    train_model,
+    write_params,
+)
 from experiments.tasks.translate_config import MAY_DIFFER, TranslateConfig, configured
 from experiments.tasks.translate_report import report
 from experiments.tasks.translate_texts import Texts, read
@@ -31,7 +37,6 @@ from tfm.averaging import average
 from tfm.checkpoint import Checkpoints, state_sha256
 from tfm.mesh import fit_vocabulary
 from tfm.model import Transformer
-from tfm.sharing import export_params
 
 
 def _vocabulary(
@@ -57,13 +62,16 @@ def _vocabulary(
     return source, target
 
 
-def resolve(config: TranslateConfig, source: Subwords, target: Subwords) -> TranslateConfig:
+def resolve(
+    config: TranslateConfig, source: Subwords, target: Subwords, folder: RunFolder | None = None
+) -> TranslateConfig:
     """The config with the vocabulary sizes of the data; that of a model to start from has them.
+    They are padded as in the folder's last sitting.
 
     Raises UserError where --model names other sizes than the vocabularies have.
     """
     if config.from_run is not None:  # two vocabularies may share its one matrix, as Marian's do
-        return dataclasses.replace(config, model=divisible(config.model, config.mesh))
+        return dataclasses.replace(config, model=divisible(config.model, config.mesh, folder))
     usual = configured(config.preset, config.variant)["model"]
     own_source = config.model.source_vocab_size is not None or source.sha256 != target.sha256
     sizes = {"vocab_size": target.size, "source_vocab_size": source.size if own_source else None}
@@ -74,7 +82,7 @@ def resolve(config: TranslateConfig, source: Subwords, target: Subwords) -> Tran
                 f"--model.{name.replace('_', '-')}={asked}, but the vocabulary has {size} pieces: "
                 "see --vocabulary-size"
             )
-    model = divisible(dataclasses.replace(config.model, **sizes), config.mesh)
+    model = divisible(dataclasses.replace(config.model, **sizes), config.mesh, folder)
     return dataclasses.replace(config, model=model)
 
 
@@ -99,7 +107,7 @@ def prepare(
     """Cleans and encodes the training text, or finds what an earlier sitting made of it."""
     clean = Clean(texts.train, config.limits, [*texts.valid, *texts.test])
     source, target = _vocabulary(config, folder, clean, start)
-    config = resolve(config, source, target)
+    config = resolve(config, source, target, folder)
     lengths = config.source_length, config.target_length
     place = folder.path / "tokens"
     was_there = place.exists()
@@ -263,10 +271,7 @@ def finish(
     results = results_of(config, prepared, about, measured, texts)
     write_final(folder, translator.params, results["steps"], prepared.identity)
     report(as_json, folder, results, texts.test, translations["test"])
-    path = folder.path / "params.safetensors"
-    with named(path):
-        about_params = {"config": json.dumps(plain(config.model)), "steps": str(results["steps"])}
-        export_params(path, translator.params, about_params)
+    write_params(folder, config.model, translator.params, results["steps"])
     # Last, so that a folder with results is a folder with everything.
     write_json(folder.path / "results.json", results)
 
@@ -335,6 +340,7 @@ def run(config: TranslateConfig) -> None:
         as_json = plain(config) | {"task": "translate", "corpora": texts.sha256}
         if start is not None:
             as_json["start_sha256"] = state_sha256(without_moments(start.params, 1), None)
+        check_together(peers, as_json)
         if peers.is_first:
             lead(config, texts, start, as_json, layout, peers)
         elif peers.from_first():  # the vocabulary and the tokens are there

@@ -97,6 +97,6 @@ def configured(preset: str, variant: str) -> dict[str, Any]:
 
 MAY_DIFFER = TRAININGS_MAY_DIFFER | {
     "variant", "train", "valid", "test", "weights", "evaluated", "from_run",
-    "model.vocab_size", "model.source_vocab_size",
+    "model.vocab_size", "model.source_vocab_size", "model.vocab_multiple",
 }  # fmt: skip
 """Text and model are compared by their SHA-256 and their options, not by their names."""

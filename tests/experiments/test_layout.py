@@ -32,7 +32,7 @@ def test_all_devices_go_to_data_where_no_mesh_is_asked_for():
 @pytest.mark.parametrize(
     ("mesh", "rows", "why"),
     [
-        (MeshConfig(), 25, "mesh.data=8 × mesh.fsdp=1 does not divide rows=25: take --rows 32, or "
+        (MeshConfig(8), 25, "mesh.data=8 × mesh.fsdp=1 does not divide rows=25: take --rows 32, or "
                            "--mesh.data 5"),
         (MeshConfig(tensor=8), 8, "mesh.tensor=8 does not divide num_heads=4"),
         (MeshConfig(data=16), 16, "asks for 16 devices, but 8 are visible"),
@@ -44,15 +44,23 @@ def test_what_the_devices_cannot_share_is_refused_by_name(mesh, rows, why):
     assert why in str(error.value) and "\n" not in str(error.value)
 
 
+def test_without_a_mesh_as_many_devices_as_can_share_the_rows_take_part(capsys):
+    assert Layout(MeshConfig(), MODEL, rows=25).config.sizes["data"] == 5
+    assert "5 of 8 devices take part: more do not divide 25 rows" in capsys.readouterr().err
+    assert Layout(MeshConfig(tensor=2), MODEL, rows=6).config.sizes["data"] == 3
+    assert Layout(MeshConfig(fsdp=2), MODEL, rows=8).config.sizes["data"] == 4
+    assert "6 of 8" in capsys.readouterr().err
+
+
 def test_the_rows_of_a_micro_batch_are_divided():
     Layout(MeshConfig(), MODEL, rows=32, accumulation=4)
     why = "does not divide rows=24 / accumulation=4: take --rows 32, or --mesh.data 6"
     with pytest.raises(LayoutError, match=why):
-        Layout(MeshConfig(), MODEL, rows=24, accumulation=4)
+        Layout(MeshConfig(8), MODEL, rows=24, accumulation=4)
 
 
 def test_a_vocabulary_is_padded_only_where_the_mesh_does_not_divide_it():
-    assert divisible(MODEL, MeshConfig(tensor=2)) is MODEL
+    assert divisible(MODEL, MeshConfig(tensor=2)) == MODEL
     assert divisible(MODEL, MeshConfig(tensor=4)).vocab_multiple == 4
     padded = dataclasses.replace(MODEL, vocab_multiple=6)
     assert divisible(padded, MeshConfig(tensor=4)).vocab_multiple == 12

@@ -335,10 +335,12 @@ def test_flags_say_where_this_process_stands():
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "2",
     "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }  # fmt: skip
 OMPI = {
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
     "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }  # fmt: skip
 
 
@@ -349,7 +351,9 @@ def test_the_environment_of_a_cluster_says_where_this_process_stands(monkeypatch
                 patch.setenv(variable, value)
             place = cluster.place_of(ClusterConfig())
             if tells is SLURM:
-                assert place == ("node3", 61447, 1, 2, [0])
+                assert place == ("node3", 61447, 1, 2, None)  # all devices of its machine
+                patch.setenv("SLURM_STEP_TASKS_PER_NODE", "2,1")
+                assert cluster.place_of(ClusterConfig()).local_devices == [0]
             else:
                 assert (place.host, place[2:]) == ("10.96.0.1", (3, 4, [1]))
             assert cluster.place_of(ClusterConfig(num_processes=1)) is None

@@ -198,12 +198,27 @@ def test_a_process_that_is_stuck_or_fails_ends_the_other(words, victim, fault, t
     assert re.search(rf"error: process {victim} \(.*\).*{told}", error), error
 
 
-def test_processes_with_other_flags_or_data_are_told_apart(words, tmp_path):
-    codes, errors = ends(pair(tmp_path / "run", 40, words, own_flags=((), ("--seed", "1"))))
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [("--seed", "seed: 0 -> 1"), ("--evaluate-every", "evaluate_every: 1000000 -> 1")],
+)
+def test_processes_with_other_flags_are_told_apart(words, flag, told, tmp_path):
+    """Those that decide when all meet, too."""
+    codes, errors = ends(pair(tmp_path / "run", 40, words, own_flags=((), (flag, "1"))))
     assert codes == [2, 2]
     for error in errors:
-        assert re.search(r"error: process 1 \(.*\) differs from process 0 .*seed: 0 -> 1", error)
+        assert re.search(rf"error: process 1 \(.*\) differs from process 0 .*{told}", error)
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_data_are_told_apart(words, tmp_path):
+    other = tmp_path / "words"
+    lines = Path(words[1]).read_text().splitlines(keepends=True)
+    other.write_text("".join(lines[:-1]))
+    own = ((), ("--train-file", str(other)))
+    codes, errors = ends(pair(tmp_path / "run", 40, words, own_flags=own))
+    assert codes == [2, 2]
+    assert all("data_sha256" in error and "differs from process 0" in error for error in errors)
 
 
 def test_a_coordinator_that_cannot_be_reached_is_named(words, tmp_path):

@@ -21,6 +21,7 @@ from experiments.translation.cleaning import Limits
 from experiments.translation.subwords import train_subwords
 from experiments.translation.translator import load, write
 from tfm.checkpoint import Checkpoints
+from tfm.sharing import import_params
 from tfm.variants import VARIANTS
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -116,6 +117,21 @@ def test_a_run_cut_off_goes_on_to_the_same_parameters(finished, text, tmp_path, 
     capsys.readouterr()
     assert call("translate", "--run", run, "--steps", STEPS, *text, *TINY) == 0
     assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_over_a_mesh_goes_on_there_and_on_one_device(text, tmp_path):
+    """299 pieces, which two parts of the vocabulary are padded to 300 for."""
+    run, common = tmp_path / "run", [*text, *TINY, "--vocabulary-size", "299"]
+    for steps, mesh in ((20, ("2", "2")), (40, ("2", "2")), (60, ("1", "1"))):
+        flags = ["--mesh.data", mesh[0], "--mesh.tensor", mesh[1]]
+        assert call("translate", "--run", run, "--steps", steps, *common, *flags) == 0
+        assert read(run, "config.json")["model"]["vocab_multiple"] == 2
+    results = read(run, "results.json")
+    assert results["resumed_from"] == [20, 40] and results["vocabulary_size"] == 299
+    assert load(run).params["embedding"].shape == (299, 32)
+    params = import_params(run / "params.safetensors", load(run).params)
+    np.testing.assert_array_equal(params["embedding"], load(run).params["embedding"])
 
 
 def test_other_text_is_refused_by_name_and_nothing_is_lost(finished, text, tmp_path, capsys):
