@@ -170,13 +170,16 @@ def fit(
     examples: list[dict[str, Any]],
     identity: dict[str, Any],
     folder: RunFolder,
-    layout: Layout,
-    peers: Peers,
+    layout: Layout | None = None,
+    peers: Peers = Peers(),  # noqa: B008 (alone it has no state)
 ) -> tuple[Pronouncer, dict[str, Any]]:
     """Trains (or goes on training); returns the pronouncer and what there is to say of the run.
 
+    layout, peers: None and alone: by the config's mesh, in this process.
+
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.
     """
+    layout = layout or Layout(config.mesh, config.model, config.rows, config.accumulation)
     batches = packed_batches(
         examples, rows=config.rows, source_length=config.source_length,
         target_length=config.target_length, seed=config.seed, own=layout.own_rows,
