@@ -66,7 +66,10 @@ class Layout:
             self.mesh = make_mesh(self.config)
         except ValueError as error:
             raise LayoutError(str(error)) from None
-        self._check_rows(rows, accumulation)
+        try:
+            check_divides(model, self.config, rows, accumulation)
+        except ValueError as error:
+            raise LayoutError(f"{error}: {self._enough(rows, accumulation)}") from None
         taking_part = {device.process_index for device in self.mesh.devices.flat}
         if left_out := set(range(jax.process_count())) - taking_part:
             raise LayoutError(
@@ -89,22 +92,17 @@ class Layout:
             )
         return dataclasses.replace(config, data=data) if data < most else config
 
-    def _check_rows(self, rows: int, accumulation: int) -> None:
-        parts, fsdp = self.config.parts("batch"), self.config.fsdp
-        micro = rows // accumulation
-        if micro % parts == 0:
-            return
-        of = f"rows={rows}" if accumulation == 1 else f"rows={rows} / accumulation={accumulation}"
+    def _enough(self, rows: int, accumulation: int) -> str:
+        """What to ask for where the mesh does not divide the rows."""
+        parts, fsdp, micro = self.config.parts("batch"), self.config.fsdp, rows // accumulation
         fewer = next((n for n in range(parts // fsdp, 0, -1) if micro % (n * fsdp) == 0), None)
-        raise LayoutError(
-            f"mesh.data={self.config.data} × mesh.fsdp={fsdp} does not divide {of}: take --rows "
-            f"{-(-micro // parts) * parts * accumulation}"
-            + (f", or --mesh.data {fewer}" if fewer else "")
-        )
+        more = f"take --rows {-(-micro // parts) * parts * accumulation}"
+        return f"{more}, or --mesh.data {fewer}" if fewer else more
 
     @functools.cached_property
     def own_rows(self) -> slice:
-        """The rows of each batch that this process's devices hold: it reads no others."""
+        """The rows of each batch from the first to the last that this process's devices hold: it
+        reads no others."""
         found = self._batch.addressable_devices_indices_map((self._rows,)).values()
         spans = [rows.indices(self._rows) for (rows,) in found]
         return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))

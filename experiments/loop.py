@@ -77,6 +77,33 @@ class _Record:
     learning_rate: Callable[[int], float]
     evaluate: Callable[[Any], Metrics]
 
+    def steps(
+        self,
+        train_step: Callable[[TrainState, dict], tuple[TrainState, dict]],
+        state: TrainState,
+        batches: Batches,
+        schedule: Schedule,
+        asked_to_stop: Callable[[], int | None],
+    ) -> tuple[TrainState, bool]:
+        """Step after step, to the last or until the patience is used up: the state, and which."""
+        stalled = self.stalls(schedule)
+        while self.guard.step < schedule.steps and not stalled:
+            state, metrics = train_step(state, next(batches))
+            self.guard.add(metrics)
+            step = self.guard.reached
+            self.peers.tick(step)
+            stopping = asked_to_stop()  # once a step: a later signal can wait
+            self.display.advance(step)
+            due = schedule.due(step)
+            # Else one step stays under way, so that the device need not wait for the host.
+            self.skips(0 if due or stopping else 1, schedule.most_skipped)
+            if self.guard.step != step:
+                due = set()  # a step was skipped, so this is not yet the one
+            stalled = self.settle(state, due, schedule, at_once=bool(stopping))
+            if stopping:
+                self.leave(stopping)
+        return state, stalled
+
     def skips(self, leave: int, most: int) -> None:
         """Looks at the steps under way but the newest `leave`; DivergedError at `most` in a row."""
         for skipped in self.guard.look(self.meter, leave):
@@ -183,21 +210,9 @@ def train(
             record = _Record(
                 folder, keeper, peers, guard, meter, log, display, learning_rate, evaluate
             )
-            stalled = record.stalls(schedule)
-            while guard.step < schedule.steps and not stalled:
-                state, metrics = train_step(state, next(batches))
-                guard.add(metrics)
-                peers.tick(guard.reached)
-                step, stopping = guard.reached, agree(stop.received)  # once: a later one can wait
-                display.advance(step)
-                due = schedule.due(step)
-                # Else one step stays under way, so that the device need not wait for the host.
-                record.skips(0 if due or stopping else 1, schedule.most_skipped)
-                if guard.step != step:
-                    due = set()  # a step was skipped, so this is not yet the one
-                stalled = record.settle(state, due, schedule, at_once=bool(stopping))
-                if stopping:
-                    record.leave(stopping)
+            state, stalled = record.steps(
+                train_step, state, batches, schedule, lambda: agree(stop.received)
+            )
             if stalled:
                 told = f"evaluations without a lower validation loss: {schedule.patience}"
                 display.say(f"stopped early at step {guard.step}; {told}")

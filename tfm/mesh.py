@@ -75,8 +75,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     )
 
 
-def check_divides(config: TransformerConfig, mesh: MeshConfig, rows: int | None = None) -> None:
-    """Raises ValueError where the mesh does not divide a number of the model, or the batch's rows.
+def check_divides(
+    config: TransformerConfig, mesh: MeshConfig, rows: int | None = None, accumulation: int = 1
+) -> None:
+    """Raises ValueError where the mesh does not divide a number of the model, or the rows of a
+    micro-batch.
 
     The message names the axes of the mesh, the field and both numbers.
     """
@@ -93,8 +96,10 @@ def check_divides(config: TransformerConfig, mesh: MeshConfig, rows: int | None 
         parts = mesh.parts(meaning)
         axes = " × ".join(f"mesh.{axis}={mesh.sizes[axis]}" for axis in RULES[meaning])
         for name, number in named.items():
-            if number % parts:
-                raise ValueError(f"{axes} does not divide {name}={number}")
+            cut = accumulation if name == "rows" else 1
+            if number // cut % parts:
+                of = "" if cut == 1 else f" / accumulation={cut}"
+                raise ValueError(f"{axes} does not divide {name}={number}{of}")
 
 
 def state_shardings(mesh: Mesh, state: chex.ArrayTree) -> chex.ArrayTree:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -93,11 +92,6 @@ def constrain(x: Array, *meanings: str | None) -> Array:
     if mesh is None:
         return x
     return lax.with_sharding_constraint(x, partition(x.shape, meanings, mesh))
-
-
-def whole(tree: chex.ArrayTree) -> chex.ArrayTree:
-    """The same arrays, each of them whole on every device: what a host can read."""
-    return jax.tree.map(constrain, tree)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -284,3 +284,9 @@ def test_an_axis_of_no_devices_is_refused(axis):
 def test_a_number_that_a_mesh_does_not_divide_is_named(mesh, changes, why):
     with pytest.raises(ValueError, match=re.escape(why)):
         meshes.check_divides(dataclasses.replace(CONFIG, **changes), mesh, rows=ROWS)
+
+
+def test_the_rows_of_a_micro_batch_are_what_is_divided():
+    meshes.check_divides(CONFIG, MeshConfig(8, 1, 1), rows=16, accumulation=2)
+    with pytest.raises(ValueError, match="rows=16 / accumulation=4"):
+        meshes.check_divides(CONFIG, MeshConfig(8, 1, 1), rows=16, accumulation=4)

@@ -76,7 +76,7 @@ def test_each_mesh_divides_what_its_rules_say():
         ({"mesh": (1, 1, 3)}, r"mesh.tensor=3 does not divide num_heads=8"),
         ({"mesh": (1, 3, 1)}, r"mesh.fsdp=3 does not divide d_model=64"),
         ({"mesh": (3, 1, 1)}, r"mesh.data=3 × mesh.fsdp=1 does not divide rows=16"),
-        ({"mesh": (8, 1, 1), "accumulation": 4}, r"divide rows=4 \(of a micro-batch, 16 rows"),
+        ({"mesh": (8, 1, 1), "accumulation": 4}, "divide rows=16 / accumulation=4"),
         ({"accumulation": 3}, r"accumulation=3 does not divide rows=16"),
         ({"rows": 0}, r"rows=0 must be at least 1"),
         ({"model": dataclasses.replace(SMALL, compute_dtype="float64")}, "float64 is for checks"),
