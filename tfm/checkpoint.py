@@ -206,11 +206,12 @@ class Checkpoints:
         found = _Found(journal, bool(lines), lines)
         for step in sorted(self._on_disk() | journal.keys(), reverse=True):
             path = self._path(step)
+            # Looked at first: a trainer may write it while it is read.
+            begun = (path / manifest.NAME).exists() or path.is_symlink()
             try:
                 self._facts[step] = manifest.verify_manifest(path, journal.get(step))
                 return step, found
             except (DamagedError, FileNotFoundError) as error:
-                begun = (path / manifest.NAME).exists() or path.is_symlink()
                 if begun or found.journal_is_broken or step in journal:
                     found.damaged.append(step)
                     lines.append(f"{path}: damaged, left out: {error}")

@@ -79,6 +79,24 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path):
     assert notes == NOTES
 
 
+def test_a_manifest_written_while_its_step_is_looked_at_is_no_damage(tmp_path, monkeypatch):
+    """The first save of a trainer, seen by another process between its rename and its manifest."""
+    save(tmp_path, 1)
+    (tmp_path / "journal.json").unlink()
+    file = tmp_path / "1" / manifest.NAME
+    content = file.read_bytes()
+    file.unlink()
+
+    def too_early(path, digest):
+        file.write_bytes(content)
+        raise FileNotFoundError(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "verify_manifest", too_early)
+        assert found(tmp_path, read_only=True) == (None, [])
+    assert found(tmp_path, read_only=True) == (1, [])
+
+
 def test_the_newest_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 10)
     with Checkpoints(tmp_path) as checkpoints:
