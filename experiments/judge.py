@@ -46,7 +46,7 @@ class Judge(Watcher):
     def _hear(self, rank: int, message: Message, now: float) -> None:
         kind = message["kind"]
         if kind == "beat":
-            self._pace[rank].note(message["ticks"], message["watch"], now)
+            self._note(rank, message["ticks"], message["watch"], now)
         elif kind == "meet":
             self._present[rank] = message
             self._release_if_due(now)
@@ -60,6 +60,17 @@ class Judge(Watcher):
                 self._tell({"kind": "end", "error": None, "culprit": None})
                 self.over.set()
 
+    def _note(self, rank: int, ticks: int, watch: int, now: float) -> None:
+        returns = watch and not self._pace[rank].watch
+        self._pace[rank].note(ticks, watch, now)
+        if returns:  # the others may have stood because they waited for it
+            self._restart(now)
+
+    def _restart(self, now: float) -> None:
+        """Whoever stands still has done so from now on."""
+        for pace in self._pace.values():
+            pace.since = now
+
     def _release_if_due(self, now: float) -> None:
         """Lets them go on where all have come to a meeting; compares what they bring."""
         never = self._present and self._gone  # one that has left will not come
@@ -69,8 +80,7 @@ class Judge(Watcher):
         value = None if error else self._present[0]["value"]
         reply = {"kind": "met", "error": error, "value": value}
         self._present.clear()
-        for pace in self._pace.values():
-            pace.since = now
+        self._restart(now)
         self._tell(reply)
         self.replies.put(reply)
         if error:
@@ -122,7 +132,7 @@ class Judge(Watcher):
             self._condemn(f"{self.members[rank]} ended: {message}", rank)
 
     def _beat(self, now: float) -> None:
-        self._pace[0].note(self.ticks, self.watch, now)
+        self._note(0, self.ticks, self.watch, now)
         self._tell({"kind": "beat"})
         quiet = self._gone | self._failures.keys()
         for rank in self.wires.keys() - quiet:

@@ -216,6 +216,24 @@ def test_standing_is_no_stall_outside_of_a_watched_section_nor_beside_one_who_is
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("slow", [0, 1])
+def test_who_waits_for_one_that_compiles_has_not_stood_when_that_is_done(slow):
+    waits = f"with peers.watching():\n    peers.tick(1); time.sleep({STALL + 4})\npeers.close()"
+    compiles = f"""
+with peers.watching():
+    with peers.unwatched():
+        time.sleep({STALL + 3})
+    peers.tick(1); peers.tick(2); time.sleep(1)
+peers.close()
+"""
+    plans = [waits, waits]
+    plans[slow] = compiles
+    with processes(*plans) as started:
+        for process in started:
+            assert ends(process) == (0, "", "")
+
+
+@pytest.mark.slow
 def test_a_process_that_gets_on_is_watched_for_as_long_as_it_likes():
     steps = f"""
 with peers.watching():
