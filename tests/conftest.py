@@ -15,6 +15,18 @@ sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture
+def compiled_once(tmp_path_factory, monkeypatch):
+    """What one process that a test starts has compiled, the next need not.
+
+    For tests that do not care what is said on the way: a process that is killed may leave half an
+    entry, of which JAX then warns.
+    """
+    folder = tmp_path_factory.getbasetemp() / "compiled"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(0)
 

@@ -14,6 +14,7 @@ from killing import SAVE_EVERY, finish, kill_and_compare, sound_step, start, wri
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_kills_lose_two_saves_at_most_and_change_nothing(tmp_path):
     kills, killed, whole = kill_and_compare(tmp_path, kills=12)
     assert sum(kill.aimed != "neither" for kill in kills) >= 6

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from killing import TINY, sound_step, write_words
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 
 STALL = 10  # seconds; the others end within 15 more
 FLAGS = [*TINY, "--mesh.data", "2", "--stall-timeout", str(STALL)]
@@ -38,14 +38,6 @@ packing.endless_batches = faulty
 sys.argv = ["run", *sys.argv[1:]]
 run.main(sys.argv[1:])
 """
-
-
-@pytest.fixture(autouse=True)
-def compiled_once(tmp_path_factory, monkeypatch):
-    """What one process has compiled, the next need not."""
-    folder = tmp_path_factory.getbasetemp() / "compiled"
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def spawn(run, steps, flags, devices=1, fault=None):
