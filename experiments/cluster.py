@@ -164,7 +164,7 @@ def start(config: ClusterConfig) -> Peers:
     try:
         _start_jax(place, peers, config)
     except Exception as error:
-        peers.fail(str(error))
+        peers.fail(error)
         raise
     return peers
 

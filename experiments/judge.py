@@ -4,7 +4,7 @@ import dataclasses
 import time
 
 from experiments.differences import differences
-from experiments.watcher import GO_ON, Watcher
+from experiments.watcher import EXIT_CODE, GO_ON, Watcher
 from experiments.wire import Member, Message, Wire
 
 GRACE = 1.5  # seconds in which a death may show itself that explains another process's error
@@ -36,7 +36,9 @@ class Judge(Watcher):
         self._pace = {member.rank: Pace(since=now) for member in members}
         self._present: dict[int, Message] = {}  # who waits for the others, and what it has brought
         self._gone: set[int] = set()  # who has said goodbye
-        self._failures: dict[int, str] = {}  # who ends with an error of its own, the first first
+        self._failures: dict[
+            int, Message
+        ] = {}  # who ends with an error of its own, the first first
         self._verdict_at = float("inf")
 
     def _obey(self, order: Message) -> None:
@@ -51,7 +53,7 @@ class Judge(Watcher):
             self._present[rank] = message
             self._release_if_due(now)
         elif kind == "fail":
-            self._failures[rank] = message["message"]
+            self._failures[rank] = message
             self._verdict_at = min(self._verdict_at, now + GRACE)
         elif kind in ("bye", "leave"):
             self._gone.add(rank)
@@ -105,13 +107,13 @@ class Judge(Watcher):
         for wire in self.wires.values():
             wire.send(message)
 
-    def _condemn(self, line: str, culprit: int | None = None) -> None:
+    def _condemn(self, line: str, culprit: int | None = None, code: int = EXIT_CODE) -> None:
         """Tells everybody why the run ends, and ends this process unless it does so by itself."""
-        self._tell({"kind": "end", "error": line, "culprit": culprit})
+        self._tell({"kind": "end", "error": line, "culprit": culprit, "code": code})
         self._verdict_at = float("inf")
         if not (self._failing and culprit == 0):
             self._drain()
-            self._leave(line)
+            self._leave(line, code)
         self.over.set()
 
     def _lost(self, rank: int) -> None:
@@ -129,7 +131,8 @@ class Judge(Watcher):
         super()._turn()
         if time.monotonic() >= self._verdict_at and not self.over.is_set():
             rank, message = next(iter(self._failures.items()))
-            self._condemn(f"{self.members[rank]} ended: {message}", rank)
+            line = f"{self.members[rank]} ended: {message['message']}"
+            self._condemn(line, rank, message["code"])
 
     def _beat(self, now: float) -> None:
         self._note(0, self.ticks, self.watch, now)

@@ -6,17 +6,18 @@ import queue
 from collections.abc import Iterator
 from typing import Any
 
+from experiments.errors import exit_code, may_pass
 from experiments.judge import GRACE, Judge
-from experiments.watcher import Follower, Watcher
+from experiments.watcher import EXIT_CODE, Follower, Watcher
 from experiments.wire import Message, PeerError, gather, join
 
 
 class Peers:
     """Meets the other processes, shows them that this one moves, and ends it with them.
 
-    Where another process dies, is silent or stands still for too long, or ends with an error of
-    its own, this process ends with exit code 75 and one line on standard error that names the
-    other. A process alone has nobody to wait for: every call returns at once.
+    Where another process dies, is silent or stands still for too long, this process ends with
+    exit code 75 and one line on standard error that names the other; where it ends with an error
+    of its own, see `fail`. A process alone has nobody to wait for: every call returns at once.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, watcher: Watcher | None = None) -> None:
@@ -140,15 +141,22 @@ class Peers:
             self._watcher.order({"kind": "leave"})
         self._watcher.join(5)
 
-    def fail(self, message: str) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tells the others that this process ends with an error of its own, and why.
 
-        They end within seconds, and say so. Where another process has died, whose death may be
-        what the error comes from, this process ends as the others do, with exit code 75.
+        They end within seconds with its exit code, or with 75 where a device or the network has
+        failed, and say so. Where another process has died, whose death may be what the error
+        comes from, this one ends as the others do, with 75.
         """
         if not self._watcher or self._watcher.over.is_set():
             return
-        self._watcher.order({"kind": "fail", "message": " ".join(message.split())[:1000]})
+        stopped = isinstance(error, (SystemExit, KeyboardInterrupt))
+        why = "it was told to stop" if stopped else str(error) or type(error).__name__
+        told = {
+            "message": " ".join(why.split())[:1000],
+            "code": EXIT_CODE if may_pass(error) else exit_code(error),
+        }
+        self._watcher.order({"kind": "fail"} | told)
         self._watcher.over.wait(GRACE + 3)
         self._watcher.join(2)
 

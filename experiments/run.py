@@ -9,7 +9,7 @@ import sys
 import warnings
 from typing import Any
 
-from experiments.errors import UserError
+from experiments.errors import told_in_one_line
 from experiments.streams import Talk
 
 EXPERIMENTS = {
@@ -181,13 +181,6 @@ def use_huge_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def told_in_one_line() -> tuple[type[Exception], ...]:
-    """The errors that a user can mend; imported only when there is one, since that takes long."""
-    from tfm.checkpoint import CheckpointError
-
-    return UserError, CheckpointError
 
 
 def hide_echoes() -> None:

@@ -117,7 +117,7 @@ class Watcher(threading.Thread):
         for end in (*(wire.socket for wire in self.wires.values()), self._ear, self._mouth):
             end.close()
 
-    def _leave(self, line: str) -> NoReturn:
+    def _leave(self, line: str, code: int = EXIT_CODE) -> NoReturn:
         """Ends the process from this thread, since the main thread may hang."""
         # Not sys.stderr, whose lock the main thread may hold; and where nobody reads, nor this.
         start = "\n" if os.isatty(2) else ""  # a progress bar may be there
@@ -125,7 +125,7 @@ class Watcher(threading.Thread):
         saying = threading.Thread(target=os.write, args=(2, text), daemon=True)
         saying.start()
         saying.join(2)
-        os._exit(EXIT_CODE)
+        os._exit(code)
 
     def _silence(self, rank: int, now: float) -> str:
         seconds = now - self._heard[rank]
@@ -169,7 +169,7 @@ class Follower(Watcher):
                 self.over.set()
         elif message["kind"] == "end":
             if message["error"] and not (self._failing and message["culprit"] == self.rank):
-                self._leave(message["error"])
+                self._leave(message["error"], message["code"])
             self.over.set()
 
     def _lost(self, rank: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from experiments.errors import UserError
 
 Message = dict[str, Any]
-VERSION = "tfm peers 1"
+VERSION = "tfm peers 2"
 
 
 class PeerError(UserError):

@@ -185,11 +185,8 @@ def together(config: TrainingConfig) -> Iterator[Peers]:
         peers.meet("the end")  # the first may translate and report for long
     except Stopped:  # all of them have
         raise
-    except SystemExit:
-        peers.fail("it was told to stop")
-        raise
     except BaseException as error:
-        peers.fail(str(error) or type(error).__name__)
+        peers.fail(error)
         raise
     finally:
         peers.close()

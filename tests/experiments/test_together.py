@@ -174,9 +174,12 @@ def test_a_process_that_is_frozen_ends_the_other(words, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(
-    ("fault", "told"), [(STUCK, "has stood at step"), (BROKEN, "the disk is gone")]
+    ("fault", "told", "left_with"),
+    [(STUCK, "has stood at step", 75), (BROKEN, "the disk is gone", 1)],
 )
-def test_a_process_that_is_stuck_or_fails_ends_the_other(words, victim, fault, told, tmp_path):
+def test_a_process_that_is_stuck_or_fails_ends_the_other(
+    words, victim, fault, told, left_with, tmp_path
+):
     faults = [None, None]
     faults[victim] = fault
     processes = pair(tmp_path / "run", FOREVER, words, faults)
@@ -186,7 +189,7 @@ def test_a_process_that_is_stuck_or_fails_ends_the_other(words, victim, fault, t
         assert processes[victim].poll() is None or processes[victim].wait() == 75
     processes[victim].communicate(timeout=60)
     assert time.monotonic() - ended < 15
-    assert code == 75 and processes[victim].returncode != 0
+    assert code == left_with and processes[victim].returncode != 0
     assert re.search(rf"error: process {victim} \(.*\).*{told}", error), error
 
 
