@@ -78,6 +78,7 @@ class Layout:
             )
         self._rows = rows
         self._batch = batch_sharding(self.mesh)
+        self._everywhere = NamedSharding(self.mesh, PartitionSpec())
 
     @staticmethod
     def _as_many_as_divide(config: MeshConfig, rows: int) -> MeshConfig:
@@ -126,17 +127,30 @@ class Layout:
 
         The first call, which compiles, is made inside `compiling()`.
         """
-        shardings = state_shardings(self.mesh, state), NamedSharding(self.mesh, PartitionSpec())
+        shardings = state_shardings(self.mesh, state), self._everywhere
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+        return self._of_own_rows(jitted, compiling)
 
+    def evaluation(
+        self, function: Callable[[chex.ArrayTree, Batch], chex.ArrayTree]
+    ) -> Callable[[chex.ArrayTree, Batch], chex.ArrayTree]:
+        """A function of the parameters and a batch, jitted over the mesh as `step` is; all
+        processes call it, and all have the result whole."""
+        return self._of_own_rows(jax.jit(function, out_shardings=self._everywhere))
+
+    def _of_own_rows(
+        self,
+        jitted: Callable[[chex.ArrayTree, Batch], Any],
+        compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ) -> Callable[[chex.ArrayTree, Batch], Any]:
         around = iter([compiling()])
 
-        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        def call(tree: chex.ArrayTree, batch: Batch) -> Any:
             shared = {name: self._share(rows) for name, rows in batch.items()}
             with jax.set_mesh(self.mesh), next(around, contextlib.nullcontext()):
-                return jitted(state, shared)
+                return jitted(tree, shared)
 
-        return step
+        return call
 
     def _share(self, own: np.ndarray) -> jax.Array:
         first, shape = self.own_rows.start, (self._rows, *own.shape[1:])
@@ -157,8 +171,7 @@ class Layout:
 
     def _whole(self, x: jax.Array) -> jax.Array:
         """One array at a time: on the way it is whole on every device."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(_same, out_shardings=everywhere)(x).addressable_data(0)
+        return jax.jit(_same, out_shardings=self._everywhere)(x).addressable_data(0)
 
     def agreement(self) -> Callable[[int | None], int | None]:
         """A function that makes of what each process says one answer for all: the largest number.
@@ -169,7 +182,7 @@ class Layout:
         if jax.process_count() == 1:
             return lambda said: said
         everyone = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
-        largest = jax.jit(jnp.max, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        largest = jax.jit(jnp.max, out_shardings=self._everywhere)
         under_way: list[jax.Array] = []
 
         def agree(said: int | None) -> int | None:

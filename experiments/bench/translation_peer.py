@@ -40,8 +40,8 @@ from experiments.bench.torch_translation import (
 from experiments.bridge.links import tree
 from experiments.bridge.torch_names import TorchOptions
 from experiments.bridge.torch_transformer import read_model
-from experiments.errors import UserError
-from experiments.run import told_in_one_line, use_huge_pages
+from experiments.errors import UserError, told_in_one_line
+from experiments.run import use_huge_pages
 from experiments.run_folder import RunFolder, named, write_json
 from experiments.tasks.training import TrainingConfig
 from experiments.tasks.translate import scores

@@ -150,17 +150,21 @@ MAY_DIFFER = {
 
 
 def make_valid_loss(
-    config: TrainingConfig, examples: Sequence[dict[str, Any]], bos: int
+    config: TrainingConfig, examples: Sequence[dict[str, Any]], bos: int, layout: Layout
 ) -> Callable[[chex.ArrayTree], float]:
-    """params -> nats a target symbol on all `examples`, without smoothing and dropout."""
+    """params -> nats a target symbol on all `examples`, without smoothing and dropout.
+
+    The devices share the rows as they do in training, and all processes take part.
+    """
     model = Transformer(config.model)
     arrays = packed_rows(examples, config.source_length, config.target_length)
     missing = -len(arrays["source"]) % config.rows  # rows of padding, so that one shape serves all
+    whole = {name: np.pad(rows, ((0, missing), (0, 0))) for name, rows in arrays.items()}
     batches = [
-        {k: np.pad(v, ((0, missing), (0, 0)))[i : i + config.rows] for k, v in arrays.items()}
-        for i in range(0, len(arrays["source"]), config.rows)
+        {name: rows[i : i + config.rows][layout.own_rows] for name, rows in whole.items()}
+        for i in range(0, len(whole["source"]), config.rows)
     ]
-    loss = jax.jit(lambda params, batch: summed_loss(model, params, batch, bos, smoothing=0.0))
+    loss = layout.evaluation(lambda params, x: summed_loss(model, params, x, bos, smoothing=0.0))
 
     def valid_loss(params: chex.ArrayTree) -> float:
         sums = jax.device_get([loss(params, batch) for batch in batches])
@@ -207,6 +211,7 @@ def train_model(
     config: TrainingConfig,
     bos: int,
     batches: Batches,
+    valid_loss: Callable[[Any], float],
     evaluate: Callable[[Any], Metrics],
     identity: dict[str, Any],
     folder: RunFolder,
@@ -240,14 +245,15 @@ def train_model(
         state = layout.place(state)
         step = layout.step(skip_nonfinite(train_step), state, peers.unwatched)
 
-        def evaluate_once(params: chex.ArrayTree) -> Metrics:
-            params = layout.on_one_device(params)
+        def evaluate_all(params: chex.ArrayTree) -> Metrics:
             with peers.unwatched():
-                return peers.from_first(evaluate(params) if peers.is_first else None)
+                loss = {"valid_loss": valid_loss(params)}
+                params = layout.on_one_device(params)
+                return peers.from_first(loss | evaluate(params) if peers.is_first else None)
 
         trained, facts = train(
             step, state, batches, folder, config.when(), learning_rate=learning_rate,
-            evaluate=evaluate_once, identity=identity, stop=stop, agree=layout.agreement(),
+            evaluate=evaluate_all, identity=identity, stop=stop, agree=layout.agreement(),
             on_host=layout.on_host, peers=peers,
         )  # fmt: skip
         params = layout.on_one_device(trained.params)

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import chex
@@ -132,13 +132,9 @@ def translated(translator: Translator, sources: Sequence[str], **options: Any) -
     return [next(found) if s.strip() else "" for s in sources]
 
 
-def make_evaluate(prepared: Prepared, texts: Texts, translator: Translator):
-    """params -> `valid_loss` (nats a token, no smoothing, no dropout) and `valid_bleu`.
-
-    The sentences are decoded greedily: this is to watch the training, and the beam is for the
-    result. Pairs that no packed row can hold have no part in the loss; they do in the BLEU.
-    """
-    config, chosen = prepared.config, texts.valid[: prepared.config.evaluated]
+def valid_examples(prepared: Prepared, texts: Texts) -> list[dict[str, np.ndarray]]:
+    """The validation pairs that have a part in the loss: those that a packed row can hold."""
+    config = prepared.config
     examples = [
         {"source": np.array(source, np.int32), "target": np.array(target, np.int32)}
         for source, target in zip(
@@ -150,13 +146,22 @@ def make_evaluate(prepared: Prepared, texts: Texts, translator: Translator):
     ]
     if not examples:
         raise CorpusError("no validation pair is short enough for --source-length, --target-length")
-    valid_loss = make_valid_loss(config, examples, prepared.target.bos)
-    sources, references = zip(*chosen, strict=True)
+    return examples
+
+
+def make_evaluate(
+    texts: Texts, translator: Translator, evaluated: int
+) -> Callable[[chex.ArrayTree], dict[str, float]]:
+    """params -> `valid_bleu` of the first `evaluated` validation pairs.
+
+    The sentences are decoded greedily: this is to watch the training, and the beam is for the
+    result.
+    """
+    sources, references = zip(*texts.valid[:evaluated], strict=True)
 
     def evaluate(params: chex.ArrayTree) -> dict[str, float]:
         own = dataclasses.replace(translator, params=params)
-        found = bleu.bleu(translated(own, sources, beam=1), references)
-        return {"valid_loss": valid_loss(params), "valid_bleu": found.score}
+        return {"valid_bleu": bleu.bleu(translated(own, sources, beam=1), references).score}
 
     return evaluate
 
@@ -184,9 +189,11 @@ def learn(
     settings = Settings(**prepared.identity["settings"])
     model = Transformer(config.model)
     untrained = Translator(model, {}, prepared.source, prepared.target, settings)
-    evaluate = make_evaluate(prepared, texts, untrained)
+    bos = prepared.target.bos
+    valid_loss = make_valid_loss(config, valid_examples(prepared, texts), bos, layout)
     params, facts = train_model(
-        config, prepared.target.bos, batches, evaluate, prepared.identity, folder, layout, peers,
+        config, bos, batches, valid_loss, make_evaluate(texts, untrained, config.evaluated),
+        prepared.identity, folder, layout, peers,
         initial=None if start is None else fit_vocabulary(start.params, config.model),
     )  # fmt: skip
     told = "of the last step"

@@ -11,6 +11,7 @@ from jax import nn
 
 from experiments import data
 from experiments.data import DataError
+from experiments.layout import Layout
 from experiments.pronouncer import Pronouncer, Pronunciation
 from experiments.run_folder import plain
 from experiments.tasks import pronounce
@@ -26,8 +27,10 @@ from experiments.tasks.pronounce import (
     results_of,
     score,
 )
+from experiments.tasks.training import make_valid_loss
 from experiments.vocabulary import BOS
 from tfm.config import TransformerConfig
+from tfm.mesh import MeshConfig
 from tfm.model import Transformer
 from tfm.training import init_params
 
@@ -182,18 +185,21 @@ def test_evaluation_is_the_plain_loss_of_each_word_and_the_greedy_error(tmp_path
         pronounce, "score", lambda _, lexicon, beam: beams.append(beam) or Score(0.5, 0.25, [])
     )
     pronouncer = Pronouncer(model, None, lexicons.letters, lexicons.phones, 8, 8, 3, 0.6)
-    evaluated = make_evaluate(config, lexicons, pronouncer)(params)
+    assert make_evaluate(lexicons, pronouncer)(params) == {"valid_wer": 0.5, "valid_per": 0.25}
     assert beams == [1]
-    assert (evaluated["valid_wer"], evaluated["valid_per"]) == (0.5, 0.25)
 
     total, count = 0.0, 0
-    for example in data.examples(lexicons.valid, lexicons.letters, lexicons.phones):
+    examples = data.examples(lexicons.valid, lexicons.letters, lexicons.phones)
+    for example in examples:
         labels = example["target"]
         inputs = np.concatenate([[BOS], labels[:-1]])
         logits = model.apply({"params": params}, example["source"], inputs)
         total -= np.log(np.asarray(nn.softmax(logits)))[np.arange(len(labels)), labels].sum()
         count += len(labels)
-    assert evaluated["valid_loss"] == pytest.approx(total / count, rel=1e-5)
+    for mesh in (MeshConfig(1), MeshConfig(2, 2, 2)):
+        layout = Layout(mesh, config.model, config.rows)
+        valid_loss = make_valid_loss(config, examples, BOS, layout)
+        assert valid_loss(layout.place(params)) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_score_pairs_each_word_with_its_own_references():

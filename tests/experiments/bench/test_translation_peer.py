@@ -9,10 +9,12 @@ torch = pytest.importorskip("torch")
 
 from experiments.bench import translation_peer  # noqa: E402
 from experiments.bench.torch_translation import bucketed, padded, train  # noqa: E402
+from experiments.layout import Layout  # noqa: E402
 from experiments.tasks import translate  # noqa: E402
 from experiments.tasks.training import make_valid_loss  # noqa: E402
 from experiments.tasks.translate_config import TranslateConfig, configured  # noqa: E402
 from experiments.translation.translator import load  # noqa: E402
+from tfm.mesh import MeshConfig  # noqa: E402
 
 ENGLISH = ("one", "two", "three", "four", "five", "six", "seven")
 GERMAN = ("eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben")
@@ -128,9 +130,9 @@ def test_a_peer_learns_and_its_import_computes_the_same(run, monkeypatch):
         for s, t in read.encoded()
     ]
     config = dataclasses.replace(read.config, model=peer.model.config)
-    assert make_valid_loss(config, examples, ours.target.bos)(peer.params) == pytest.approx(
-        min(losses), abs=1e-4
-    )
+    layout = Layout(MeshConfig(1), config.model, config.rows)
+    valid_loss = make_valid_loss(config, examples, ours.target.bos, layout)
+    assert valid_loss(peer.params) == pytest.approx(min(losses), abs=1e-4)
 
 
 @pytest.mark.slow
