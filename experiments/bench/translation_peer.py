@@ -44,7 +44,7 @@ from experiments.errors import UserError, told_in_one_line
 from experiments.run import use_huge_pages
 from experiments.run_folder import RunFolder, named, write_json
 from experiments.tasks.training import TrainingConfig
-from experiments.tasks.translate import scores
+from experiments.tasks.translate_scores import scores
 from experiments.translation.store import open_store
 from experiments.translation.text import Files, Pair
 from experiments.translation.translator import Translator, load, write

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -26,8 +26,8 @@ from experiments.tasks.training import (
 )
 from experiments.tasks.translate_config import MAY_DIFFER, TranslateConfig, configured
 from experiments.tasks.translate_report import report
+from experiments.tasks.translate_scores import make_evaluate, results_of, scores, translated
 from experiments.tasks.translate_texts import Texts, read
-from experiments.translation import bleu
 from experiments.translation.cleaning import Clean
 from experiments.translation.store import Store, fetch_store, plan_rows, stored_batches
 from experiments.translation.subwords import Subwords, train_subwords
@@ -126,12 +126,6 @@ def prepare(
     return Prepared(config, source, target, store, json.loads(json.dumps(identity)))
 
 
-def translated(translator: Translator, sources: Sequence[str], **options: Any) -> list[str]:
-    """A translation of each sentence, in parts where it is too long; of a blank one a blank."""
-    found = iter(translator([s for s in sources if s.strip()], long="split", **options))
-    return [next(found) if s.strip() else "" for s in sources]
-
-
 def valid_examples(prepared: Prepared, texts: Texts) -> list[dict[str, np.ndarray]]:
     """The validation pairs that have a part in the loss: those that a packed row can hold."""
     config = prepared.config
@@ -147,23 +141,6 @@ def valid_examples(prepared: Prepared, texts: Texts) -> list[dict[str, np.ndarra
     if not examples:
         raise CorpusError("no validation pair is short enough for --source-length, --target-length")
     return examples
-
-
-def make_evaluate(
-    texts: Texts, translator: Translator, evaluated: int
-) -> Callable[[chex.ArrayTree], dict[str, float]]:
-    """params -> `valid_bleu` of the first `evaluated` validation pairs.
-
-    The sentences are decoded greedily: this is to watch the training, and the beam is for the
-    result.
-    """
-    sources, references = zip(*texts.valid[:evaluated], strict=True)
-
-    def evaluate(params: chex.ArrayTree) -> dict[str, float]:
-        own = dataclasses.replace(translator, params=params)
-        return {"valid_bleu": bleu.bleu(translated(own, sources, beam=1), references).score}
-
-    return evaluate
 
 
 def learn(
@@ -222,44 +199,6 @@ def chosen_weights(
     return average(trees), f"average of the steps {', '.join(map(str, steps))}"
 
 
-def scores(translations: list[str], references: list[str]) -> dict[str, bleu.Measure]:
-    """BLEU, BLEU of the text as its spaces part it, and chrF."""
-    return {
-        "bleu": bleu.bleu(translations, references),
-        "bleu_pretokenized": bleu.bleu_pretokenized(translations, references),
-        "chrf": bleu.chrf(translations, references),
-    }
-
-
-def results_of(
-    config: TranslateConfig, prepared: Prepared, about: dict[str, Any],
-    measured: dict[str, dict[str, bleu.Measure]], texts: Texts,
-) -> dict[str, Any]:  # fmt: skip
-    """results.json: scores from 0 to 100, with their signatures and intervals beside them."""
-    found = {
-        f"{part}_{name}": measure.score
-        for part, measures in measured.items()
-        for name, measure in measures.items()
-    }
-    details = {
-        part: {name: measure.to_json() for name, measure in measures.items()}
-        for part, measures in measured.items()
-    }
-    return found | {
-        "scores": details,
-        "test_sentences": len(texts.test),
-        "valid_sentences": len(texts.valid),
-        "test_is_valid": not config.test,
-        "cleaned": prepared.store.facts["cleaned"],
-        "train_tokens": prepared.store.tokens,
-        "vocabulary_size": prepared.target.size,
-        **about,
-        "seed": config.seed,
-        "beam": config.beam,
-        "alpha": config.alpha,
-    }
-
-
 def finish(
     prepared: Prepared, texts: Texts, translator: Translator, about: dict[str, Any],
     folder: RunFolder, as_json: dict[str, Any],
@@ -275,7 +214,7 @@ def finish(
             continue
         translations[part] = translated(translator, sources)
         measured[part] = scores(translations[part], list(references))
-    results = results_of(config, prepared, about, measured, texts)
+    results = results_of(config, prepared.store, prepared.target.size, about, measured, texts)
     write_final(folder, translator.params, results["steps"], prepared.identity)
     report(as_json, folder, results, texts.test, translations["test"])
     write_params(folder, config.model, translator.params, results["steps"])

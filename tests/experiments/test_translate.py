@@ -14,9 +14,10 @@ from killing import call
 from experiments.errors import UserError
 from experiments.run_folder import RunFolder, RunFolderError, plain
 from experiments.tasks import translate_texts
-from experiments.tasks.translate import begun_from, chosen_weights, is_finished, translated
+from experiments.tasks.translate import begun_from, chosen_weights, is_finished
 from experiments.tasks.translate_config import TranslateConfig, configured
 from experiments.tasks.translate_report import report, unpicked
+from experiments.tasks.translate_scores import translated
 from experiments.translation.cleaning import Limits
 from experiments.translation.subwords import train_subwords
 from experiments.translation.translator import load, write
