@@ -22,7 +22,7 @@ class Peers:
 
     def __init__(self, rank: int = 0, count: int = 1, watcher: Watcher | None = None) -> None:
         self.rank, self.count, self._watcher = rank, count, watcher
-        self._ticks = self._watches = 0
+        self._watches = 0
         if watcher:
             watcher.start()
 
@@ -93,11 +93,10 @@ class Peers:
             if over:
                 raise PeerError(f"there is nobody left to meet for {what}")
 
-    def tick(self, step: int | None = None) -> None:
-        """Notes, for the watcher to see, that the main thread has got on: to `step`, or by one."""
-        self._ticks = self._ticks + 1 if step is None else step
+    def tick(self, step: int) -> None:
+        """Notes, for the watcher to see, that the main thread has come to `step`."""
         if self._watcher:
-            self._watcher.ticks = self._ticks
+            self._watcher.ticks = step
 
     def begin_watch(self) -> None:
         """From now on a lack of ticks counts as a stall."""

@@ -120,7 +120,7 @@ def test_a_meeting_also_tells_plain_values_and_occasions_apart(theirs, told):
 @pytest.mark.slow
 def test_a_meeting_waits_for_a_process_that_is_slow():
     waits = f"peers.begin_watch(); {MEET}"
-    slow = f"for _ in range({(STALL + 3) * 5}):\n    peers.tick(); time.sleep(0.2)\n{MEET}"
+    slow = f"for step in range({(STALL + 3) * 5}):\n    peers.tick(step); time.sleep(0.2)\n{MEET}"
     with processes(waits, waits, f"peers.begin_watch()\n{slow}") as started:
         for process in started:
             assert ends(process) == (0, "", "")
@@ -183,7 +183,7 @@ def test_all_others_name_a_process_that_is_silent(silent):
 TICKS = """
 peers.begin_watch()
 for step in range({}):
-    peers.tick(); time.sleep(0.05)
+    peers.tick(step + 1); time.sleep(0.05)
 stop_here()
 """
 
@@ -240,7 +240,7 @@ def test_a_process_that_gets_on_is_watched_for_as_long_as_it_likes():
     steps = f"""
 with peers.watching():
     for step in range({(STALL + 3) * 5}):
-        peers.tick(); time.sleep(0.2)
+        peers.tick(step); time.sleep(0.2)
 peers.close()
 """
     with processes(steps, steps) as started:
@@ -256,8 +256,8 @@ def test_a_process_that_was_stopped_itself_accuses_nobody():
     steps = """
 print("here", flush=True)
 with peers.watching():
-    for _ in range(12):
-        peers.tick()
+    for step in range(12):
+        peers.tick(step)
         begun = time.process_time()
         while rank == 0 and time.process_time() < begun + 0.6:  # which stands still as it does
             pass
@@ -336,7 +336,7 @@ def test_a_process_alone_waits_for_nobody(monkeypatch):
     assert isinstance(peers, Peers) and peers.from_first((1, 2)) == [1, 2]
     peers.meet("config", {})
     with peers.watching():
-        peers.tick()
+        peers.tick(1)
     peers.fail(UserError("nobody hears it"))
     peers.close()
 
