@@ -36,9 +36,7 @@ class Judge(Watcher):
         self._pace = {member.rank: Pace(since=now) for member in members}
         self._present: dict[int, Message] = {}  # who waits for the others, and what it has brought
         self._gone: set[int] = set()  # who has said goodbye
-        self._failures: dict[
-            int, Message
-        ] = {}  # who ends with an error of its own, the first first
+        self._failures: dict[int, Message] = {}  # what each that ends by itself says, in order
         self._verdict_at = float("inf")
 
     def _obey(self, order: Message) -> None:

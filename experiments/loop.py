@@ -84,8 +84,8 @@ class _Record:
         batches: Batches,
         schedule: Schedule,
         asked_to_stop: Callable[[], int | None],
-    ) -> tuple[TrainState, bool]:
-        """Step after step, to the last or until the patience is used up: the state, and which."""
+    ) -> TrainState:
+        """Step after step, to the last or until the patience is used up."""
         stalled = self.stalls(schedule)
         while self.guard.step < schedule.steps and not stalled:
             state, metrics = train_step(state, next(batches))
@@ -102,7 +102,10 @@ class _Record:
             stalled = self.settle(state, due, schedule, at_once=bool(stopping))
             if stopping:
                 self.leave(stopping)
-        return state, stalled
+        if stalled:
+            told = f"evaluations without a lower validation loss: {schedule.patience}"
+            self.display.say(f"stopped early at step {self.guard.step}; {told}")
+        return state
 
     def skips(self, leave: int, most: int) -> None:
         """Looks at the steps under way but the newest `leave`; DivergedError at `most` in a row."""
@@ -210,12 +213,7 @@ def train(
             record = _Record(
                 folder, keeper, peers, guard, meter, log, display, learning_rate, evaluate
             )
-            state, stalled = record.steps(
-                train_step, state, batches, schedule, lambda: agree(stop.received)
-            )
-            if stalled:
-                told = f"evaluations without a lower validation loss: {schedule.patience}"
-                display.say(f"stopped early at step {guard.step}; {told}")
+            state = record.steps(train_step, state, batches, schedule, lambda: agree(stop.received))
     facts = {
         "steps": guard.step,
         "stopped_early": guard.step < schedule.steps,

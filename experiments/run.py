@@ -9,7 +9,7 @@ import sys
 import warnings
 from typing import Any
 
-from experiments.errors import told_in_one_line
+from experiments.errors import exit_code, told_in_one_line
 from experiments.streams import Talk
 
 EXPERIMENTS = {
@@ -213,13 +213,13 @@ def main(arguments: list[str]) -> None:
     flags = arguments[1:] if arguments[:1] == [name] else arguments
     try:
         globals()["import_" if name == "import" else name](flags)  # a word of Python's
-    except KeyboardInterrupt:  # a training saves first
-        sys.exit(130)
+    except KeyboardInterrupt as error:  # a training saves first
+        sys.exit(exit_code(error))
     except SystemExit:  # named, so that leaving does not import what the next line needs
         raise
     except told_in_one_line() as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_code(error))
 
 
 if __name__ == "__main__":

@@ -223,7 +223,8 @@ def train_model(
 
     Args:
       batches: of the rows of each batch that are the layout's own.
-      evaluate: called in process 0 alone.
+      valid_loss: as `make_valid_loss` returns it; called in every process.
+      evaluate: whole parameters -> the other metrics; called in process 0 alone.
       initial: parameters to begin with. None: fresh ones.
 
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.

@@ -551,15 +551,19 @@ except Exception as error:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_process_with_an_error_of_its_own_ends_with_its_own_code(failing):
+@pytest.mark.parametrize(
+    ("failing", "error", "code"),
+    [(0, "OSError", 1), (1, "OSError", 1), (1, "jax.errors.JaxRuntimeError", 75)],
+)
+def test_a_process_with_an_error_of_its_own_ends_with_its_own_code(failing, error, code):
+    """And the other with that one, or with 75 where the same command may succeed later."""
     plans = [WITH_JAX + "total(ones)"] * 2
-    plans[failing] = WITH_JAX + "peers.fail(OSError('no space')); sys.exit(2)"
+    plans[failing] = WITH_JAX + f"peers.fail({error}('no space')); sys.exit(2)"
     with processes(*plans) as started:
         here_with_jax(*started)
         assert ends(started[failing]) == (2, "", "")
         line = f"error: {name(failing, started[failing])} ended: no space\n"
-        assert ends(started[1 - failing]) == (1, "", line)
+        assert ends(started[1 - failing]) == (code, "", line)
 
 
 @pytest.mark.slow

@@ -108,6 +108,11 @@ def test_two_processes_are_one_of_two_devices_bit_for_bit(words, tmp_path):
     assert two["processes"] == 2 and one["processes"] == 1
     assert two["devices"] == one["devices"] == 2
     assert two["test_per"] == one["test_per"]
+    losses = [
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1])["valid_loss"]
+        for run in ("two", "one")
+    ]
+    assert losses[0] == losses[1]  # of the evaluation, which both processes take part in
 
 
 def test_a_signal_to_one_stops_both_at_the_same_step(stopped):
