@@ -217,6 +217,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(exit_code(error))
     except SystemExit:  # named, so that leaving does not import what the next line needs
         raise
+    except ImportError as error:
+        if error.name != "jax":  # of an unsupported one `tfm` says all that there is to say
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except told_in_one_line() as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(exit_code(error))

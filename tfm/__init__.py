@@ -8,6 +8,7 @@ Everything here is a function of its arguments. Shapes are written in these lett
     N  layers            d_k = D / H
 """
 
+from tfm import jax_versions  # first: it refuses a JAX that gives wrong numbers
 from tfm.attention import (
     attention_weights,
     merge_heads,
