@@ -20,7 +20,7 @@ from tfm.checkpoint import CheckpointError, Checkpoints
 from tfm.config import TransformerConfig
 from tfm.mesh import fit_vocabulary
 from tfm.model import Transformer
-from tfm.training import TrainState, init_params
+from tfm.training import TrainState, param_shapes
 
 
 class Batches(Iterator, Protocol):
@@ -80,11 +80,10 @@ def newest_model(folder: RunFolder) -> tuple[dict[str, Any], Transformer, chex.A
             if not step:  # 0: saved before anything was learned
                 continue
             identity = checkpoints.notes(step)["identity"]
-            trained = Transformer(TransformerConfig(**identity["model"]))
-            like = jax.eval_shape(lambda m=trained: init_params(m, jax.random.PRNGKey(0)))
-            params = checkpoints.restore_params(step, like)
+            trained = TransformerConfig(**identity["model"])
+            params = checkpoints.restore_params(step, param_shapes(trained))
             # Rows that only a mesh needed are left out.
-            config = dataclasses.replace(trained.config, vocab_multiple=1)
+            config = dataclasses.replace(trained, vocab_multiple=1)
             return identity, Transformer(config), fit_vocabulary(params, config)
     raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
 

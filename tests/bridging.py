@@ -13,7 +13,7 @@ import numpy as np
 import tfm
 from experiments.bridge.links import flat, tree
 from experiments.translation.translator import Settings, Translator
-from tfm.training import init_params
+from tfm.training import param_shapes
 
 BEAM, LENGTH = 4, 12
 ENDS = 1.0  # a bias on the logit of the end symbol: some outputs end
@@ -34,7 +34,7 @@ def gain(name):
 def random_arrays(config, seed, end=None, never=()):
     """Arrays of a model of ours, none of them constant: {flat name: array}."""
     rng = np.random.default_rng(seed)
-    like = jax.eval_shape(lambda: init_params(tfm.Transformer(config), jax.random.key(0)))
+    like = param_shapes(config)
     arrays = {}
     for name, array in flat(jax.tree.map(lambda x: np.empty(x.shape, np.float32), like)).items():
         noise = rng.standard_normal(array.shape).astype(np.float32)

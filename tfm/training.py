@@ -1,5 +1,6 @@
 """§5.3 Optimizer and schedule; the training step, a pure function of state and batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 from jax import Array
 
 from tfm.clipping import global_norm
+from tfm.config import TransformerConfig
 from tfm.loss import SmoothedOver, label_smoothed_cross_entropy
 from tfm.model import Transformer, shift_right
 from tfm.shapes import assert_ids
@@ -65,6 +67,13 @@ def init_params(model: Transformer, key: Array) -> chex.ArrayTree:
     """Fresh parameters; none of their shapes depends on the data's."""
     tokens = jnp.ones((1, 2), jnp.int32)
     return model.init(key, tokens, tokens)["params"]
+
+
+@functools.cache
+def param_shapes(config: TransformerConfig) -> chex.ArrayTree:
+    """Shapes and types of a model's parameters; nothing is computed."""
+    init = functools.partial(init_params, Transformer(config))
+    return jax.eval_shape(init, jax.random.PRNGKey(0))
 
 
 def init_state(

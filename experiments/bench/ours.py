@@ -23,7 +23,14 @@ from tfm import (
     start_decoding,
 )
 from tfm.sharing import export_params, import_params
-from tfm.training import init_params, init_state, make_optimizer, make_train_step, summed_loss
+from tfm.training import (
+    init_params,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    param_shapes,
+    summed_loss,
+)
 
 
 def build(name: str, work: Workload, weights: Path) -> Contender:
@@ -105,8 +112,7 @@ def _training(work: Training | Stream, weights: Path) -> Contender:
 
 def _decoding(work: Decoding, weights: Path) -> Contender:
     model = Transformer(work.config)
-    params = jax.eval_shape(lambda: init_params(model, jax.random.PRNGKey(0)))
-    params = import_params(weights, params)
+    params = import_params(weights, param_shapes(work.config))
     params = jax.jit(quantize)(params) if work.int8 else params
     source, target = (jnp.int32(x) for x in tokens(work))
     eos = EOS if work.stopping else work.config.vocab_size  # outside the vocabulary: never

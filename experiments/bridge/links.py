@@ -15,10 +15,9 @@ from flax import traverse_util
 
 from experiments.bridge.files import BridgeError, Tensors, named_few
 from tfm.config import TransformerConfig
-from tfm.model import Transformer
 from tfm.positions import sinusoidal_positions
 from tfm.quantization import Quantized
-from tfm.training import init_params
+from tfm.training import param_shapes
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -64,8 +63,8 @@ def tree(arrays: Tensors) -> Any:
 
 def shapes_of(config: TransformerConfig) -> Shapes:
     """The shape of each parameter of a model; nothing is computed."""
-    like = jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
-    return {n: x.shape for n, x in traverse_util.flatten_dict(like, sep="/").items()}
+    shapes = traverse_util.flatten_dict(param_shapes(config), sep="/")
+    return {name: x.shape for name, x in shapes.items()}
 
 
 def take(path: Path, tensors: Tensors, links: Iterable[Link], shapes: Shapes) -> Tensors:

@@ -12,6 +12,7 @@ import tfm
 from experiments.claims import drawing
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact
 from tfm.attention import masked_softmax
+from tfm.training import param_shapes
 
 D_MODEL, BATCH, LENGTH = 64, 2, 16
 HEADS = (1, 2, 4, 8, 16)
@@ -74,9 +75,7 @@ def _work(heads: int) -> tuple[float, float]:
 def _parameters(heads: int) -> int:
     config = tfm.TransformerConfig(vocab_size=50, d_model=D_MODEL, d_ff=128, num_heads=heads,
                                    num_encoder_layers=1, num_decoder_layers=1)  # fmt: skip
-    model, tokens = tfm.Transformer(config), jnp.ones((1, 2), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
 
 
 def _let_through() -> float:

@@ -12,7 +12,7 @@ from experiments.variants import MEANS, VariantsConfig, differing, run, settings
 from tfm import Transformer, label_smoothed_cross_entropy
 from tfm.config import BASE
 from tfm.decoding import length_normalized_score
-from tfm.training import init_params
+from tfm.training import param_shapes
 from tfm.variants import VARIANTS
 
 SMALL = {
@@ -29,13 +29,12 @@ def small(config):
 
 def logits(config, key=None):
     """With parameters that depend on their names and shapes alone."""
-    shapes = jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
 
     def fill(path, leaf):
         seed = sum(map(ord, jax.tree_util.keystr(path)))
         return jnp.float32(np.random.default_rng(seed).standard_normal(leaf.shape))
 
-    params = jax.tree_util.tree_map_with_path(fill, shapes)
+    params = jax.tree_util.tree_map_with_path(fill, param_shapes(config))
     return Transformer(config).apply({"params": params}, SOURCE, TARGET, dropout_key=key)
 
 

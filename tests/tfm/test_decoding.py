@@ -10,6 +10,7 @@ from checks import assert_close, assert_refuses
 
 from tfm import Transformer, TransformerConfig, beam_search, greedy, sample, start_decoding
 from tfm.decoding import filter_logits, length_penalty
+from tfm.training import param_shapes
 
 BOS, EOS = 1, 2
 PAPER = TransformerConfig(
@@ -37,12 +38,10 @@ SOURCE = jnp.array([[3, 5, 2, 6, 4], [6, 1, 5, 0, 0], [4, 4, 0, 0, 0]])
 
 def parameters(config, seed=0):
     """Large enough that the model has strong opinions."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, tokens)
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: jnp.asarray(0.8 * rng.standard_normal(leaf.shape), jnp.float32),
-        shapes["params"],
+        param_shapes(config),
     )
 
 

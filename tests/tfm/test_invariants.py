@@ -10,6 +10,7 @@ import pytest
 from checks import assert_close, relative_error
 
 from tfm import Transformer, TransformerConfig, summed_loss
+from tfm.training import param_shapes
 
 CONFIG = TransformerConfig(
     vocab_size=12,
@@ -34,12 +35,10 @@ def logits(params, batch):
 
 
 def parameters(config=CONFIG):
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, tokens)
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), jnp.float32),
-        shapes["params"],
+        param_shapes(config),
     )
 
 

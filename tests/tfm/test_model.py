@@ -12,6 +12,7 @@ from checks import assert_close, assert_refuses
 import tfm.layers
 import tfm.model
 from tfm import Transformer, TransformerConfig, multi_head_attention, shift_right
+from tfm.training import param_shapes
 
 # Two layers each side: what one layer hands to the next is tested too.
 PAPER = TransformerConfig(
@@ -47,16 +48,12 @@ def run(config, params, source=SOURCE, target=TARGET, **options):
     return model.apply({"params": params}, source, target, return_weights=True, **options)
 
 
-def parameter_shapes(config):
-    return jax.eval_shape(Transformer(config).init, jax.random.key(0), SOURCE, TARGET)["params"]
-
-
 def random_parameters(config, seed=0):
     """Nothing at its initial value: no bias is zero, no scale is one."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape), jnp.float32),
-        parameter_shapes(config),
+        param_shapes(config),
     )
 
 
@@ -231,7 +228,7 @@ def test_attention_module_equals_the_function(rng, options):
 
 def test_one_matrix_is_both_embeddings_and_the_output():
     def tables(config):
-        shapes = jax.tree_util.tree_leaves_with_path(parameter_shapes(config))
+        shapes = jax.tree_util.tree_leaves_with_path(param_shapes(config))
         sizes = (config.vocab_size, config.source_vocab_size)
         return {path[0].key: leaf.shape for path, leaf in shapes if set(leaf.shape) & set(sizes)}
 
@@ -317,7 +314,7 @@ def test_initial_parameters_follow_the_config():
 
 def derive(source, target, config=PAPER, **options):
     """Traces the model; nothing is computed."""
-    variables = {"params": parameter_shapes(config)}
+    variables = {"params": param_shapes(config)}
     return jax.eval_shape(Transformer(config).apply, variables, source, target, **options)
 
 
@@ -362,7 +359,7 @@ def test_how_the_layers_are_run_changes_nothing(config, changes):
     config = replace(config, dropout_rate=0.5)
     other = replace(config, **changes)
     params = random_parameters(config)
-    assert parameter_shapes(other) == parameter_shapes(config)
+    assert param_shapes(other) == param_shapes(config)
     masks = {"cross": jnp.array([[1.0, 0.0], [0.5, 1.0]])}
     options = {"dropout_key": jax.random.PRNGKey(3), "head_masks": masks}
     for given in ({}, options):
@@ -382,7 +379,7 @@ def test_layers_scanned_and_computed_anew_take_less_memory():
         def loss(params, source, target):
             return model.apply({"params": params}, source, target).sum()
 
-        arguments = parameter_shapes(model.config), tokens, tokens
+        arguments = param_shapes(model.config), tokens, tokens
         compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ from experiments.bench.ours import build, make_weights
 from experiments.bench.workloads import Decoding, Stream
 from tfm import Transformer, TransformerConfig, greedy, start_decoding
 from tfm.sharing import import_params
-from tfm.training import init_params
+from tfm.training import param_shapes
 
 TINY = TransformerConfig(
     vocab_size=50, d_model=32, d_ff=32, num_heads=2, num_encoder_layers=1, num_decoder_layers=1
@@ -20,8 +19,7 @@ def test_hypotheses_stop_at_lengths_of_their_own(tmp_path):
     work = Decoding("x", TINY, 16, 1, peers={}, source=8, target=24, stopping=True)
     make_weights(work, tmp_path / "weights")
     model = Transformer(TINY)
-    like = jax.eval_shape(lambda: init_params(model, jax.random.PRNGKey(0)))
-    params = import_params(tmp_path / "weights", like)
+    params = import_params(tmp_path / "weights", param_shapes(TINY))
     step, cache = start_decoding(model, params, jnp.int32(tokens(work)[0]), 1, work.target)
     found = greedy(step, cache, bos=BOS, eos=EOS, max_length=work.target)
     lengths = np.asarray(found.lengths)

@@ -9,7 +9,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from experiments.bench.inputs import attention_inputs, examples, tokens
 from experiments.bench.workloads import WORKLOADS, Attention, Stream, Training, forward_flops
 from tfm import Transformer, TransformerConfig
-from tfm.training import init_params, summed_loss
+from tfm.training import param_shapes, summed_loss
 
 
 def used_product_flops(function, *arguments) -> int:
@@ -45,7 +45,7 @@ def test_the_flops_are_those_of_the_products_that_are_traced(source):
         num_encoder_layers=2, num_decoder_layers=3,
     )  # fmt: skip
     model, rows = Transformer(config), 2
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    params = param_shapes(config)
     batch = {}
     for side, length in (("source", 5), ("target", 3)):
         for name in ("", "_segment_ids", "_positions"):

@@ -7,7 +7,7 @@ import tfm
 from experiments.claims import output, study
 from experiments.claims.evidence import Budget, judge
 from experiments.vocabulary import EOS
-from tfm.training import init_params
+from tfm.training import param_shapes
 
 BUDGET = Budget(seeds=2, many=16, effort=0.02)
 
@@ -74,8 +74,7 @@ def test_calibration_error_of_known_confidence():
 
 def test_a_model_that_knows_nothing_is_sure_of_nothing(small):
     task, model = small, tfm.Transformer(small.config(d_model=16, d_ff=32, num_heads=2))
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), param_shapes(model.config))
     found = jax.jit(lambda params: output._reliability(model, params, task))(zeros)
     filled = np.flatnonzero(found["share"])
     assert len(filled) == 1 and float(found["share"].sum()) == pytest.approx(1)
