@@ -1,7 +1,7 @@
 """The model's numbers: what the paper fixes, and every departure from it as a named option."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from tfm.attention import Implementation
@@ -67,9 +67,9 @@ class TransformerConfig:
     """Rows of each learned position table."""
     initializer: Literal["xavier_uniform", "lecun_normal", "he_normal"] = "xavier_uniform"
     """Initialiser of the weight matrices. Embeddings are normal with deviation 1/√d_model."""
-    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
     """Operands of the matrix products. bfloat16 still sums in f32 and keeps f32 parameters; float64
-    is for checks, under `jax_enable_x64`."""
+    is for checks, under `jax_enable_x64`. auto: what suits the devices, see `for_platform`."""
     attention: Implementation = "auto"
     """How attention is computed, to the same result: see `tfm.scaled_dot_product_attention`."""
     scan_layers: bool = False
@@ -107,6 +107,14 @@ class TransformerConfig:
             raise ValueError(
                 f"d_model={self.d_model} is odd: sinusoidal positions need pairs of sin and cos"
             )
+
+    def for_platform(self, platform: str) -> "TransformerConfig":
+        """The config with `compute_dtype="auto"` decided: bfloat16 on a "gpu" or "tpu", whose
+        matrix units are made for it, float32 elsewhere."""
+        if self.compute_dtype != "auto":
+            return self
+        dtype = "bfloat16" if platform in ("gpu", "tpu") else "float32"
+        return replace(self, compute_dtype=dtype)
 
     @property
     def has_final_norm(self) -> bool:

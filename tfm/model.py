@@ -78,6 +78,8 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c, f = self.config, self.functions
+        if c.compute_dtype == "auto":
+            raise ValueError("compute_dtype='auto': decide it with config.for_platform('cpu')")
         self.target_table = self._table("embedding", c.vocab_size)
         self.source_table = self.target_table
         if c.source_vocab_size is not None:

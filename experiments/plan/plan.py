@@ -88,7 +88,7 @@ def work_of(config: PlanConfig) -> Work:
     """
     mesh = dataclasses.replace(config.mesh, data=config.mesh.data or 1)
     try:
-        model = divisible(config.model, mesh)
+        model = divisible(config.model.for_platform("gpu"), mesh)  # every chip is a GPU or a TPU
         return Work(model, mesh, config.rows, config.source_length, config.target_length,
                     config.accumulation)  # fmt: skip
     except ValueError as error:

@@ -20,6 +20,7 @@ from experiments.tasks.training import (
     MAY_DIFFER,
     TrainingConfig,
     check_together,
+    decide_compute_dtype,
     make_valid_loss,
     together,
     train_model,
@@ -225,7 +226,9 @@ def run(config: PronounceConfig) -> None:
     """The whole job: data, training, evaluation, report."""
     with together(config) as peers:
         lexicons = load_lexicons(config)
-        config = resolve(config, lexicons, RunFolder(config.run))
+        folder = RunFolder(config.run)
+        config = dataclasses.replace(config, model=decide_compute_dtype(config.model, folder))
+        config = resolve(config, lexicons, folder)
         layout = Layout(config.mesh, config.model, config.rows, config.accumulation)
         examples, fingerprint = prepare(config, lexicons)
         as_json = plain(config) | {"data_sha256": fingerprint}
@@ -233,9 +236,7 @@ def run(config: PronounceConfig) -> None:
         identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
         identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
         check_together(peers, as_json)
-        train = partial(
-            fit, config, lexicons, examples, identity, RunFolder(config.run), layout, peers
-        )
+        train = partial(fit, config, lexicons, examples, identity, folder, layout, peers)
         if peers.is_first:
             lead(config, lexicons, as_json, identity, peers, train)
         elif peers.from_first():

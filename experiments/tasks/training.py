@@ -140,6 +140,22 @@ class TrainingConfig:
         )  # fmt: skip
 
 
+def decide_compute_dtype(model: TransformerConfig, folder: RunFolder) -> TransformerConfig:
+    """The model with `compute_dtype="auto"` decided: as in the folder's last sitting, or else by
+    the devices that are here."""
+    if model.compute_dtype != "auto":
+        return model
+    before = (folder.read("config.json") or {}).get("model", {}).get("compute_dtype")
+    platform = jax.default_backend()
+    if before is not None:
+        decided, why = dataclasses.replace(model, compute_dtype=before), f"as in {folder.path}"
+    else:
+        decided, why = model.for_platform(platform), f"this is a {platform}"
+    if jax.process_index() == 0:
+        print(f"compute_dtype auto: {decided.compute_dtype}, {why}", flush=True)
+    return decided
+
+
 MAY_DIFFER = {
     "mesh", *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
     "cluster", *(f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)),

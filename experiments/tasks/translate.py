@@ -19,6 +19,7 @@ from experiments.peers import Peers
 from experiments.run_folder import RunFolder, RunFolderError, named, plain, write_json
 from experiments.tasks.training import (
     check_together,
+    decide_compute_dtype,
     make_valid_loss,
     together,
     train_model,
@@ -233,7 +234,7 @@ def begun_from(config: TranslateConfig, start: Translator) -> TranslateConfig:
         f"--model.{field.name.replace('_', '-')}"
         for field in dataclasses.fields(usual)
         if getattr(config.model, field.name)
-        not in (getattr(usual, field.name), getattr(start.model.config, field.name))
+        not in (getattr(usual, field.name), getattr(start.model.config, field.name), "auto")
     ]
     if config.vocabulary_size not in (None, start.target.size):
         flags.append("--vocabulary-size")
@@ -281,7 +282,9 @@ def run(config: TranslateConfig) -> None:
         start = None if config.from_run is None else load(config.from_run)
         if start is not None:
             config = begun_from(config, start)
-        model = divisible(config.model, config.mesh)
+        model = decide_compute_dtype(config.model, RunFolder(config.run))
+        config = dataclasses.replace(config, model=model)
+        model = divisible(model, config.mesh)
         layout = Layout(config.mesh, model, config.rows, config.accumulation)
         as_json = plain(config) | {"task": "translate", "corpora": texts.sha256}
         if start is not None:

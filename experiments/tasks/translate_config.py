@@ -66,8 +66,9 @@ class TranslateConfig(TrainingConfig):
 _SIZES = {
     "small": {"d_model": 256, "d_ff": 1024, "num_heads": 4, "num_encoder_layers": 3,
               "num_decoder_layers": 3},
-    "base": {},
-    "big": {name: value for name, value in vars(BIG).items() if value != getattr(BASE, name)},
+    "base": {"compute_dtype": "auto"},
+    "big": {name: value for name, value in vars(BIG).items() if value != getattr(BASE, name)}
+    | {"compute_dtype": "auto"},
 }  # fmt: skip
 _TRAININGS = {
     "small": {"steps": 10_000, "rows": 16, "learning_rate": 1e-3, "warmup_steps": 1000},

@@ -7,13 +7,15 @@ import random
 import shutil
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from killing import call
 
 from experiments.errors import UserError
-from experiments.run_folder import RunFolder, RunFolderError, plain
+from experiments.run_folder import RunFolder, RunFolderError, plain, write_json
 from experiments.tasks import translate_texts
+from experiments.tasks.training import decide_compute_dtype
 from experiments.tasks.translate import begun_from, chosen_weights, is_finished
 from experiments.tasks.translate_config import TranslateConfig, configured
 from experiments.tasks.translate_report import report, unpicked
@@ -34,7 +36,7 @@ TINY = [
     *("--model.dropout-rate", "0.0", "--mesh.data", "1", "--rows", "16", "--source-length", "24"),
     *("--target-length", "24", "--beam", "2", "--learning-rate", "0.01", "--warmup-steps", "10"),
     *("--log-every", "20", "--evaluate-every", "20", "--save-every", "20"),
-    *("--vocabulary-size", "300", "--schedule", "paper"),
+    *("--vocabulary-size", "300", "--schedule", "paper", "--model.compute-dtype", "auto"),
 ]
 
 
@@ -249,7 +251,24 @@ def test_a_finished_run_keeps_the_config_that_made_it(finished, text, capsys):
     assert call("translate", "--run", finished, "--steps", STEPS, *text, *TINY, *quiet) == 0
     assert "is finished" in capsys.readouterr().out
     assert (finished / "config.json").read_bytes() == before
-    assert read(finished, "config.json")["model"]["vocab_size"] == 300
+    model = read(finished, "config.json")["model"]
+    assert (model["vocab_size"], model["compute_dtype"]) == (300, "float32")
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16")])
+def test_auto_is_decided_once_by_the_devices_and_told(
+    platform, dtype, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    model, folder = configured("base", "paper")["model"], RunFolder(tmp_path)
+    decided = decide_compute_dtype(model, folder)
+    assert decided == dataclasses.replace(model, compute_dtype=dtype)
+    assert capsys.readouterr().out == f"compute_dtype auto: {dtype}, this is a {platform}\n"
+    # Another sitting, on other devices, goes on with the same one.
+    write_json(tmp_path / "config.json", {"model": plain(decided)})
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert decide_compute_dtype(model, folder) == decided
+    assert decide_compute_dtype(decided, RunFolder(tmp_path / "other")) == decided
 
 
 def test_a_run_is_finished_where_the_command_would_change_nothing():
@@ -344,6 +363,7 @@ def test_presets_and_variants_make_sound_configs(preset, variant):
     sizes = {"small": 256, "base": 512, "big": 1024}
     assert config.model.d_model == sizes[preset]
     assert config.model.dropout_rate == (0.3 if preset == "big" else 0.1)
+    assert config.model.compute_dtype == ("float32" if preset == "small" else "auto")
 
 
 def test_unpicked_places_are_spread_and_in_bounds():

@@ -84,6 +84,21 @@ def test_an_odd_d_model_is_refused_for_sinusoids_only():
     TransformerConfig(d_model=15, num_heads=3, positions="learned")
 
 
+@pytest.mark.parametrize(
+    ("platform", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
+)
+def test_auto_is_decided_by_the_platform(platform, dtype):
+    assert TransformerConfig(compute_dtype="auto").for_platform(platform).compute_dtype == dtype
+    assert (
+        TransformerConfig(compute_dtype="float64").for_platform(platform).compute_dtype == "float64"
+    )
+
+
+def test_a_model_whose_compute_dtype_is_not_decided_is_refused():
+    config = TransformerConfig(compute_dtype="auto")
+    assert_refuses(param_shapes, config, words=["compute_dtype='auto'", "for_platform"])
+
+
 @pytest.mark.parametrize("name", ["dropout_rate", "attention_dropout_rate"])
 @pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
 def test_a_rate_outside_0_to_1_is_refused(name, rate):
