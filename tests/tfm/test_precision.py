@@ -135,7 +135,7 @@ def test_turned_is_the_transpose(rng, shape, dtype):
 
 @pytest.mark.parametrize("compute_dtype", [None, BF16])
 def test_the_gradient_of_a_tall_product_is_that_of_the_reference(rng, compute_dtype):
-    x, w, g = (rng.standard_normal(s) for s in [TALL, (520, 24), (1024, 24)])
+    x, w, g = (rng.standard_normal(s) for s in [TALL, (520, 4), (1024, 4)])
 
     def total(x, w):
         return (linear(x, w, compute_dtype) * jnp.float32(g)).sum()

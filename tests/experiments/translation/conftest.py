@@ -17,7 +17,7 @@ from tfm.training import init_params, summed_loss
 
 WORDS = ["the", "cat", "dog", "sees", "a", "bird", "small", "old", "tree", "house", "runs", "home"]
 SIZE = 285
-STEPS = 200  # of training
+STEPS = 160  # of training
 
 
 def some_text(lines, seed=0):
@@ -46,7 +46,7 @@ SETTINGS = Settings(source_length=16, target_length=24, beam=3)
 REVERSED = dict(zip(WORDS, WORDS[::-1], strict=True))
 
 
-def batch_of(vocabulary, rng, rows=64):
+def batch_of(vocabulary, rng, rows=32):
     """Sentences, and for each of their words another one."""
     texts = some_text(rows, rng.random())
     sides = texts, [" ".join(REVERSED[word] for word in text.split()) for text in texts]
