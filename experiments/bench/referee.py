@@ -13,17 +13,21 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy.special import stdtrit
 
 from experiments.bench.contenders import OURS, installed, version
 from experiments.bench.drawing import bars
 from experiments.bench.kept import Kept
-from experiments.bench.workloads import WORKLOADS, Training, Workload, training_flops
+from experiments.bench.limits import Limits
+from experiments.bench.workloads import WORKLOADS, Workload
 from experiments.errors import UserError
 from experiments.run_folder import RunFolder, plain, write_json, write_text
 
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 2e-2}
 """How far a peer's loss or outputs may be from ours, by dtype, before it is no peer."""
-_KEPT = ("seconds", "first_seconds", "peak_bytes", "peak_flops")
+SHORT, WIDE = 0.01, 0.03
+"""Seconds below which a row is repeated until its interval is within ±3 %."""
+_KEPT = ("seconds", "first_seconds", "peak_bytes")
 
 
 class BenchError(UserError):
@@ -34,7 +38,8 @@ class BenchError(UserError):
 class BenchConfig:
     """Time this library beside the peers that are installed (requirements-bench.txt).
 
-    Each pair is one process of ours and one of the peer's, one after the other. Finished pairs are
+    Each pair is one process of ours and one of the peer's, in turn. Rows of less than 10 ms get
+    more pairs, up to three times as many, until their interval is within ±3 %. Finished pairs are
     kept: interrupted, the same command goes on with the next one. Nothing else should run beside.
     """
 
@@ -43,7 +48,7 @@ class BenchConfig:
     only: str = ""
     """Time these alone: ids or their beginnings with commas between (T1,A1-64); '' means all."""
     pairs: int = 5
-    """Pairs of each workload and peer; the ratio is the median of theirs."""
+    """Pairs of each workload and peer, at least; the ratio is the median of theirs."""
 
     def __post_init__(self) -> None:
         if self.pairs < 1:
@@ -83,43 +88,69 @@ def disagreement(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(ours).max())
 
 
-def record(work: Workload, peer: str, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row: medians of seconds, the median ratio of pairs with its least and largest."""
-    ratios = [p["peer"]["seconds"] / p["ours"]["seconds"] for p in pairs]
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """The 95 % interval of the ratios' geometric mean, by Student's t; of one, itself."""
+    logs = np.log(ratios)
+    if len(logs) < 2:
+        return ratios[0], ratios[0]
+    half = stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / len(logs) ** 0.5
+    return tuple(np.exp([logs.mean() - half, logs.mean() + half]).tolist())
+
+
+def _ratios(pairs: list[dict[str, Any]]) -> list[float]:
+    return [p["peer"]["seconds"] / p["ours"]["seconds"] for p in pairs]
+
+
+def wants_more(pairs: list[dict[str, Any]], wanted: int) -> bool:
+    """Whether a row has too few pairs: fewer than wanted, or up to three times as many where it is
+    short and its interval wide."""
+    if len(pairs) < wanted:
+        return True
+    low, high = interval(_ratios(pairs))
+    short = min(p[side]["seconds"] for p in pairs for side in ("ours", "peer")) < SHORT
+    known = len(pairs) > 1 and high < low * (1 + WIDE) ** 2
+    return short and not known and len(pairs) < 3 * wanted
+
+
+def record(
+    work: Workload, peer: str, pairs: list[dict[str, Any]], limits: Limits
+) -> dict[str, Any]:
+    """One row: medians of seconds and of the pairs' ratios, their 95 % interval; the ratio at which
+    this machine's limits would be reached, and the share of them that is."""
+    ratios = _ratios(pairs)
+    low, high = interval(ratios)
 
     def median(side: str, key: str) -> float:
         return statistics.median(p[side][key] for p in pairs)
 
+    least = limits.seconds(work)
     row: dict[str, Any] = {
         "id": work.id, "what": work.what, "peer": version(peer), "goal": work.peers[peer],
         "our_seconds": median("ours", "seconds"), "peer_seconds": median("peer", "seconds"),
-        "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
-        "pairs": len(pairs), "share_of_peak": None,
+        "ratio": statistics.median(ratios), "low": low, "high": high, "pairs": len(pairs),
+        "least_seconds": least, "limit": median("peer", "seconds") / least,
+        "share": least / median("ours", "seconds"),
     }  # fmt: skip
     for key in ("first_seconds", "peak_bytes"):
         row |= {f"our_{key}": median("ours", key), f"peer_{key}": median("peer", key)}
     row["disagreement"] = pairs[0]["disagreement"]
-    if isinstance(work, Training):
-        flops = training_flops(work)
-        shares = [flops / p["ours"]["seconds"] / p["ours"]["peak_flops"] for p in pairs]
-        row |= {"share_of_peak": statistics.median(shares), "flops": flops}
     return row
 
 
 def table(records: list[dict[str, Any]]) -> Table:
     """The records for a person to read."""
     shown = Table(title="Seconds of one run; a ratio above 1: tfm is faster")
-    columns = ("id", "peer", "tfm", "peer's", "ratio", "range", "goal", "of peak", "first", "GB")
+    columns = ("id", "peer", "tfm", "peer's", "ratio", "95 %", "goal", "limit", "share", "first",
+               "GB")  # fmt: skip
     for name in columns:
         shown.add_column(name, justify="left" if name in ("id", "peer") else "right", no_wrap=True)
     for r in records:
-        share = "" if r["share_of_peak"] is None else f"{r['share_of_peak']:.0%}"
         memory = (f"{r[f'{side}_peak_bytes'] / 1e9:.1f}" for side in ("our", "peer"))
         first = (f"{r[f'{side}_first_seconds']:.2g}" for side in ("our", "peer"))
         shown.add_row(
             r["id"], _short(r["peer"]), f"{r['our_seconds']:.3g}", f"{r['peer_seconds']:.3g}",
-            f"{r['ratio']:.2f}", f"{r['low']:.2f}–{r['high']:.2f}", f"{r['goal']:g}", share,
-            " / ".join(first), " / ".join(memory),
+            f"{r['ratio']:.2f}", f"{r['low']:.2f}–{r['high']:.2f}", f"{r['goal']:g}",
+            f"{r['limit']:.2g}", f"{r['share']:.0%}", " / ".join(first), " / ".join(memory),
         )  # fmt: skip
     return shown
 
@@ -129,37 +160,71 @@ def _short(peer: str) -> str:
     return peer.split(" (")[0]
 
 
-def _time_pairs(
-    work: Workload, peer: str, kept: Kept, wanted: int, console: Console
-) -> list[dict[str, Any]]:
-    """The pairs of one row, those that are missing timed now."""
-    key = {"id": work.id, "peer_version": version(peer)}
-    done = kept.of(key)[:wanted]
-    if len(done) == wanted:
-        return done
+def _timed(work: Workload, name: str, weights: Path) -> dict[str, Any]:
+    result = json.loads(_call(work, name, weights).splitlines()[-1])
+    return {key: result[key] for key in _KEPT}
+
+
+def _agreeing(
+    work: Workload, peers: list[str], weights: Path, folder: Path, console: Console
+) -> dict[str, float]:
+    """Of each peer whose outputs are ours, how far they differ; the others are told."""
+    ours, bound, agreeing = _check(work, OURS, weights, folder), AGREE[work.dtype], {}
+    for peer in peers:
+        try:
+            apart = disagreement(ours, _check(work, peer, weights, folder))
+            if not apart <= bound:
+                raise BenchError(
+                    f"{work.id}: {peer} differs from ours by {apart:.1e}, above {bound:g}"
+                )
+            agreeing[peer] = apart
+        except BenchError as error:
+            console.print(f"left out: {error}")
+    return agreeing
+
+
+def _time_rounds(
+    work: Workload, peers: list[str], kept: Kept, wanted: int, console: Console
+) -> dict[str, list[dict[str, Any]]]:
+    """The pairs of each peer, those that are missing timed now: in a round ours runs once, and then
+    each peer that wants another pair."""
+    keys = {peer: {"id": work.id, "peer_version": version(peer)} for peer in peers}
+    pairs = {peer: kept.of(key) for peer, key in keys.items()}
+    missing = [peer for peer in peers if wants_more(pairs[peer], wanted)]
+    if not missing:
+        return pairs
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        weights = folder / "weights.safetensors"
-        apart = disagreement(
-            _check(work, OURS, weights, folder), _check(work, peer, weights, folder)
-        )
-        bound = AGREE[work.dtype]
-        if not apart <= bound:
-            raise BenchError(f"{work.id}: {peer} differs from ours by {apart:.1e}, above {bound:g}")
-        while len(done) < wanted:
-            sides = {}
-            for side, contender in (("ours", OURS), ("peer", peer)):
-                result = json.loads(_call(work, contender, weights).splitlines()[-1])
-                sides[side] = {key: result[key] for key in _KEPT if key in result}
-            pair = sides | {"disagreement": apart}
-            kept.add(key, pair)
-            done.append(pair)
-            ours, theirs = (sides[side]["seconds"] for side in ("ours", "peer"))
-            console.print(
-                f"{work.id}  {peer}  pair {len(done)}/{wanted}: {ours:.4g} s and {theirs:.4g} s, "
-                f"ratio {theirs / ours:.2f}"
-            )
-    return done
+        weights = Path(name) / "weights.safetensors"
+        agreeing = _agreeing(work, missing, weights, Path(name), console)
+        while turn := [peer for peer in agreeing if wants_more(pairs[peer], wanted)]:
+            ours = _timed(work, OURS, weights)
+            for peer in turn:
+                try:
+                    theirs = _timed(work, peer, weights)
+                except BenchError as error:
+                    console.print(f"left out: {error}")
+                    del agreeing[peer]
+                    continue
+                pair = {"ours": ours, "peer": theirs, "disagreement": agreeing[peer]}
+                kept.add(keys[peer], pair)
+                pairs[peer].append(pair)
+                console.print(
+                    f"{work.id}  {peer}  pair {len(pairs[peer])}/{wanted}: "
+                    f"{ours['seconds']:.4g} s and {theirs['seconds']:.4g} s, "
+                    f"ratio {theirs['seconds'] / ours['seconds']:.2f}"
+                )
+    return pairs
+
+
+def _limits(kept: Kept) -> Limits:
+    """The machine's, measured now unless they have been."""
+    key = {"id": "limits"}
+    if not kept.of(key):
+        command = [sys.executable, "-m", "experiments.bench.limits"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        kept.add(key, json.loads(done.stdout.splitlines()[-1]))
+    measured = kept.of(key)[-1]
+    return Limits(measured["flops"], measured["bandwidth"])
 
 
 def run(config: BenchConfig) -> None:
@@ -168,24 +233,26 @@ def run(config: BenchConfig) -> None:
     folder = RunFolder(config.run)
     with folder.claim(plain(config), {"run", "only", "pairs"}):
         kept, records = Kept(config.run / "pairs.jsonl"), []
-        rows = [(work, peer) for work in chosen for peer in work.peers]
-        missing = sorted({peer for _, peer in rows if not installed(peer)})
+        missing = sorted({p for work in chosen for p in work.peers if not installed(p)})
         if missing:
             console.print(f"not installed, left out: {', '.join(missing)}")
-        for work, peer in rows:
-            if peer in missing:
-                continue
+        for work in chosen:
+            peers = [peer for peer in work.peers if peer not in missing]
             try:
-                done = _time_pairs(work, peer, kept, config.pairs, console)
+                timed = _time_rounds(work, peers, kept, config.pairs, console) if peers else {}
             except BenchError as error:
                 console.print(f"left out: {error}")
                 continue
-            records.append(record(work, peer, done))
+            limits = _limits(kept)
+            records += [record(work, peer, pairs, limits) for peer, pairs in timed.items() if pairs]
             write_json(config.run / "bench.json", records)
         if not records:
             raise BenchError("nothing was timed: no peer is installed (requirements-bench.txt)")
         write_text(config.run / "bench.svg", bars(records))
     Console(width=max(Console().width, 110)).print(table(records))
+    print(
+        "limit: the ratio at this machine's peak or memory bandwidth; share: how much of it tfm has"
+    )
     print("first: seconds of the first run, compilation in it; GB: the process's peak memory")
     print("; ".join(sorted({r["peer"] for r in records})), f"{os.cpu_count()} cores", sep="; ")
     print(config.run / "bench.json", config.run / "bench.svg", sep=", ")

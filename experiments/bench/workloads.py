@@ -176,6 +176,20 @@ def attention_flops(config: TransformerConfig, source: int, target: int) -> int:
     return 4 * pairs * config.d_model
 
 
+def decoding_flops(work: Decoding) -> float:
+    """Those of the products of a search with a cache: encoder and cross-attention's K and V once a
+    source, the rest once a token of each hypothesis.
+
+    `stopping` ends a source between a quarter and the whole of the target, 5/8 in the mean.
+    """
+    c, d = work.config, work.config.d_model
+    steps = work.target * (5 / 8 if work.stopping else 1)
+    whole = forward_flops(c, work.source, 0)
+    token = c.num_decoder_layers * 2 * (6 * d * d + 2 * d * c.d_ff) + 2 * d * c.vocab_size
+    pairs = c.num_decoder_layers * (steps * (steps + 1) / 2 + steps * work.source)
+    return work.rows * (whole + work.beam * (steps * token + 4 * pairs * d))
+
+
 def training_flops(work: Training) -> int:
     """Those of one step: the backward pass has two products for each of the forward pass."""
     return 3 * work.rows * forward_flops(work.config, work.length, work.length)

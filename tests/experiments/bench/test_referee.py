@@ -10,8 +10,22 @@ import pytest
 from experiments.bench import kept, referee, worker
 from experiments.bench.contenders import OURS, Contender
 from experiments.bench.drawing import bars
-from experiments.bench.referee import BenchConfig, BenchError, disagreement, record, run
-from experiments.bench.workloads import WORKLOADS, training_flops
+from experiments.bench.limits import Limits, least_work, peak_flops, read_bandwidth
+from experiments.bench.referee import (
+    BenchConfig,
+    BenchError,
+    disagreement,
+    interval,
+    record,
+    run,
+    wants_more,
+)
+from experiments.bench.workloads import (
+    WORKLOADS,
+    decoding_flops,
+    forward_flops,
+    training_flops,
+)
 
 PEER = "flax linen"  # always installed
 
@@ -32,19 +46,82 @@ def side(seconds, **more):
     return {"seconds": seconds, "first_seconds": 10.0, "peak_bytes": 2e9} | more
 
 
+def pairs_of(*seconds):
+    return [
+        {"ours": side(ours), "peer": side(peer), "disagreement": 1e-7} for ours, peer in seconds
+    ]
+
+
+LIMITS = Limits({"float32": 1e12, "bfloat16": 2e12, "int8": 4e12}, 1e11)
+
+
 def test_a_record_has_the_median_of_the_pairs_ratios(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.1")  # installed or not
-    pairs = [
-        {"ours": side(ours, peak_flops=1e12), "peer": side(peer), "disagreement": 1e-7}
-        for ours, peer in ((1.0, 3.0), (2.0, 4.0), (4.0, 4.0))
-    ]
-    row = record(WORKLOADS["T1"], "torch eager", pairs)
-    assert (row["ratio"], row["low"], row["high"], row["pairs"]) == (2.0, 1.0, 3.0, 3)
+    pairs = pairs_of((1.0, 3.0), (2.0, 4.0), (4.0, 4.0))
+    row = record(WORKLOADS["T1"], "torch eager", pairs, LIMITS)
+    assert (row["ratio"], row["pairs"]) == (2.0, 3)
+    assert (row["low"], row["high"]) == interval([3.0, 2.0, 1.0])
     assert (row["our_seconds"], row["peer_seconds"]) == (2.0, 4.0)
-    assert row["share_of_peak"] == training_flops(WORKLOADS["T1"]) / 2e12
     assert (row["id"], row["goal"]) == ("T1", 2.2)
-    row = record(WORKLOADS["A1-64-both"], PEER, pairs)
-    assert row["share_of_peak"] is None and row["peer"].startswith(f"{PEER} (flax 0.1)")
+    row = record(WORKLOADS["A1-64-both"], PEER, pairs, LIMITS)
+    assert row["peer"].startswith(f"{PEER} (flax 0.1)")
+
+
+def test_the_interval_is_students_of_the_logarithms():
+    # ln: 0, ln 2, ln 4; mean ln 2, deviation ln 2; t(0.975, 2) = 4.30265
+    factor = 2 ** (4.30265273 / 3**0.5)
+    assert interval([1.0, 2.0, 4.0]) == pytest.approx((2 / factor, 2 * factor))
+    assert interval([1.7]) == (1.7, 1.7)
+
+
+def test_short_rows_get_pairs_until_their_interval_is_narrow():
+    def wanted(*seconds):
+        return wants_more(pairs_of(*seconds), wanted=3)
+
+    long, short = [(1.0, 1.0), (1.0, 2.0)], [(0.002, 0.002), (0.002, 0.004)]
+    assert wanted() and wanted(*long) and wanted(*short)
+    assert not wanted(*long, long[0])  # as wide, but long enough
+    assert wanted(*short, short[0])
+    assert not wanted(*[(0.002, 0.003)] * 3)
+    assert wanted(*(4 * short)) and not wanted(*(4 * short), short[0])  # three times as many
+
+
+def test_a_rows_limit_is_the_peak_or_the_bandwidth(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.1")
+    work, least = WORKLOADS["T1"], training_flops(WORKLOADS["T1"]) / 1e12
+    row = record(work, "torch eager", pairs_of((1.0, 2.0)), LIMITS)
+    assert row["least_seconds"] == least == LIMITS.seconds(work)
+    assert (row["limit"], row["share"]) == (2.0 / least, least)
+    half = record(WORKLOADS["T2"], "torch eager", pairs_of((1.0, 2.0)), LIMITS)
+    assert half["least_seconds"] == pytest.approx(least / 2)
+    # One row a step is bound by reading 26 million weights at each of 64 steps.
+    one = least_work(WORKLOADS["D1-b1"])
+    assert one.bytes == 4 * 64 * (6 * (6 * 512**2 + 2 * 512 * 2048) + 512 * 8000)
+    assert LIMITS.seconds(WORKLOADS["D1-b1"]) == one.bytes / 1e11
+    assert least_work(WORKLOADS["D3"]).bytes == one.bytes / 4
+
+
+def test_attention_needs_its_products_and_its_arrays():
+    forward, both = (least_work(WORKLOADS[f"A1-64-{name}"]) for name in ("forward", "both"))
+    assert forward == (4 * 32 * 8 * 64 * 64 * 64, 4 * 4 * 32 * 8 * 64 * 64)
+    assert both == (3 * forward.flops, 2 * forward.bytes)
+
+
+def test_decoding_needs_what_a_forward_pass_needs_and_the_causal_half_of_attention():
+    work = WORKLOADS["D2"]
+    whole = forward_flops(work.config, work.source, 0)
+    each = forward_flops(work.config, work.source, work.target) - whole
+    d, t = work.config.d_model, work.target
+    spared = 4 * d * work.config.num_decoder_layers * (t * t - t * (t + 1) / 2)
+    assert decoding_flops(work) == work.rows * (whole + work.beam * (each - spared))
+    encoder = work.rows * whole
+    stopping = decoding_flops(WORKLOADS["D2-stopping"]) - encoder
+    assert 0.6 < stopping / (decoding_flops(work) - encoder) < 5 / 8
+
+
+def test_the_machine_is_measured():
+    assert peak_flops("float32", n=64) > 1e7 and peak_flops("int8", n=64) > 1e7
+    assert read_bandwidth(megabytes=1) > 1e7
 
 
 def test_disagreement_is_relative_to_the_largest_value():
@@ -55,7 +132,10 @@ def test_disagreement_is_relative_to_the_largest_value():
 class Workers:
     """In the place of the processes: ours takes 1 second, the peer 2; who was called is kept."""
 
-    def __init__(self, apart=0.0, dies_at=None):
+    def __init__(self, monkeypatch, apart=0.0, dies_at=None):
+        monkeypatch.setattr(referee, "installed", lambda name: name == PEER)
+        monkeypatch.setattr(referee, "_call", self)
+        monkeypatch.setattr(referee, "_limits", lambda kept: LIMITS)
         self.calls, self.apart, self.dies_at = [], apart, dies_at
 
     def __call__(self, work, name, weights, *more):
@@ -70,9 +150,8 @@ class Workers:
 
 def test_an_interrupted_run_goes_on_with_the_next_pair(tmp_path, monkeypatch, capsys):
     config = BenchConfig(run=tmp_path / "bench", only="A1-64-forward", pairs=3)
-    monkeypatch.setattr(referee, "installed", lambda name: name == PEER)
-    workers = Workers(dies_at=7)  # two checks, two pairs, and one process of the third
-    monkeypatch.setattr(referee, "_call", workers)
+    # two checks, two pairs, and one process of the third
+    workers = Workers(monkeypatch, dies_at=7)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     workers.dies_at = None
@@ -95,8 +174,7 @@ def test_an_interrupted_run_goes_on_with_the_next_pair(tmp_path, monkeypatch, ca
 
 
 def test_a_peer_that_computes_something_else_is_not_timed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(referee, "installed", lambda name: name == PEER)
-    monkeypatch.setattr(referee, "_call", Workers(apart=1e-3))
+    Workers(monkeypatch, apart=1e-3)
     with pytest.raises(BenchError, match="nothing was timed"):
         run(BenchConfig(run=tmp_path, only="A1-64-forward", pairs=1))
     assert f"A1-64-forward: {PEER} differs from ours by 1.0e-03, above 0.0001" in " ".join(
@@ -108,25 +186,27 @@ def test_a_worker_warms_up_and_counts_enough_runs(monkeypatch):
     monkeypatch.setattr(worker, "LEAST_SECONDS", 0.0)
     calls = []
     contender = Contender(lambda: calls.append(1), lambda: np.zeros(1))
-    result = worker.measure(PEER, WORKLOADS["A1-64-forward"], contender)
+    result = worker.measure(WORKLOADS["A1-64-forward"], contender)
     assert len(calls) == worker.WARM_UP + worker.LEAST_RUNS
-    assert len(result["all_seconds"]) == worker.LEAST_RUNS and "peak_flops" not in result
+    assert len(result["all_seconds"]) == worker.LEAST_RUNS
     assert result["peak_bytes"] > 1e7
 
 
 def test_a_stream_is_timed_by_its_real_tokens(monkeypatch):
     monkeypatch.setattr(worker, "STREAM_SECONDS", 0.0)
-    monkeypatch.setattr(worker, "peak_flops", lambda dtype: 1e12)
     clock = iter(range(100))  # every look at the clock is a second later
     monkeypatch.setattr(worker.time, "perf_counter", lambda: next(clock))
     contender = Contender(lambda: 500, lambda: np.zeros(1))
-    result = worker.measure(PEER, WORKLOADS["T3"], contender)
+    result = worker.measure(WORKLOADS["T3"], contender)
     assert result["seconds"] == 2.0  # 3 seconds for 1,500 tokens
 
 
 def test_the_picture_names_every_row():
-    pairs = [{"ours": side(1.0), "peer": side(0.5), "disagreement": 0.0}]
-    svg = bars([record(WORKLOADS[f"A1-64-{n}"], PEER, pairs) for n in ("forward", "both")])
+    rows = [
+        record(WORKLOADS[f"A1-64-{n}"], PEER, pairs_of((1.0, 0.5)), LIMITS)
+        for n in ("forward", "both")
+    ]
+    svg = bars(rows)
     assert (
         svg.startswith('<svg xmlns="http') and "A1-64-both" in svg and PEER in svg and "0.50" in svg
     )
