@@ -16,7 +16,7 @@ from tfm.mesh import MeshConfig
 sys.path.append(str(Path(__file__).parent))  # pytest's importlib mode adds no folder of a test
 from compiling import by_kind, compiled_apart, said, work_of  # noqa: E402
 
-MESHES = ([1, 1, 1], [8, 1, 1], [1, 8, 1], [1, 1, 8], [2, 2, 2])
+NONE, ALL, ALONE = [1, 1, 1], [2, 2, 2], ([8, 1, 1], [1, 8, 1], [1, 1, 8])
 DEEP = {"num_encoder_layers": 2, "num_decoder_layers": 2}
 WIDE = {"d_model": 128, "d_ff": 384, "vocab_size": 3000, "num_decoder_layers": 2}
 SHAPES = (
@@ -29,7 +29,10 @@ OTHER = {
     "source_vocab_size": 90, "tied_output": False, "output_bias": True, "projection_bias": True,
     "norm_placement": "pre", "activation_dropout_rate": 0.1,
 }  # fmt: skip
-CASES = [[model, mesh, *shape] for model, *shape in SHAPES for mesh in MESHES]
+CASES = [[model, mesh, *shape] for model, *shape in SHAPES for mesh in (NONE, ALL)]
+# Each axis alone divides a layer of each as it divides more of them, which compile for longer.
+SHALLOW = (({}, 8, 64, 96), ({"rematerialize": "layers"}, 32, 20, 28))
+CASES += [[model, mesh, *shape] for model, *shape in SHALLOW for mesh in ALONE]
 # Most of it hidden features, or logits: where one term is wrong, it shows.
 HIDDEN, LOGITS = {"d_ff": 1024, "vocab_size": 197}, {"vocab_size": 8000}
 CASES += [[model, [1, 1, 1], 64, 16, 16] for model in (HIDDEN, LOGITS, {"vocab_size": 7997})]
