@@ -74,7 +74,7 @@ def test_the_command_line_says_so_too():
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(
-        "error: jax 0.10.2 sums wrongly on a CPU: jax issue 39103; tfm needs"
+        "error: jax 0.10.2 sums wrongly and crashes on a CPU: jax issues 39103, 40412; tfm needs"
     )
 
 

@@ -4,9 +4,9 @@ import jax
 
 OLDEST = "0.10.1"
 UNSOUND = {
-    "0.10.2": "sums wrongly on a CPU: jax issue 39103",
-    "0.11.0": "crashes in fusions on a CPU, adds wrongly on some GPUs: jax issues 39257, 40633",
-    "0.11.1": "adds wrongly on some GPUs: jax issue 40633",
+    "0.10.2": "sums wrongly and crashes on a CPU: jax issues 39103, 40412",
+    "0.11.0": "crashes on a CPU, adds wrongly on some GPUs: jax issues 39257, 40633",
+    "0.11.1": "copies whole arrays in loops, adds wrongly on some GPUs: jax issues 40101, 40633",
 }
 """version -> why it is left out"""
 RANGE = ",".join([f">={OLDEST}", *(f"!={version}" for version in UNSOUND)])

@@ -58,8 +58,8 @@ def test_a_reduction_of_many_axes_ends_and_is_right(found):
 
 def test_a_small_write_in_a_loop_does_not_rewrite_the_array(found):
     short, long = found["seconds_of_writes"]
-    # Of a hundred times as many numbers; the 2 ms are for copies outside of the loop.
-    assert long < 50 * (short + 2e-3), UNSOUND % "jax 40101; sound: all but 0.11.1"
+    # Of a hundred times as many numbers; the half is for copies outside of the loop.
+    assert long < 50 * (short + 5e-4), UNSOUND % "jax 40101; sound: all but 0.11.1"
 
 
 def test_rows_written_over_their_neighbours_are_right(found):
