@@ -36,6 +36,9 @@ class BenchConfig:
 
     Each pair is one process of ours and one of the peer's, one after the other. Finished pairs are
     kept: interrupted, the same command goes on with the next one. Nothing else should run beside.
+
+    With --device, what an accelerator does with this library is measured in the place of that; its
+    flags: bench --device --help.
     """
 
     run: Path = Path("runs/bench")
