@@ -28,24 +28,32 @@ Results = dict[str, Any]
 """device.json: `tiny`, `begun`, `machine`, `ceilings`, `parts` with their `rows` and `fault`."""
 
 
-def _environment(tiny: bool) -> dict[str, str]:
-    """Of a worker: the CPU beside the accelerator, and nearly all of its memory."""
+def environment_of(module: str, tiny: bool) -> dict[str, str]:
+    """Of a worker: the CPU beside the accelerator, and nearly all of its memory.
+
+    Beside PyTorch JAX keeps to the CPU: where it begins, it takes the accelerator's memory.
+    """
     environment = dict(os.environ)
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     platforms = environment.get("JAX_PLATFORMS", "")
-    if tiny:
+    if tiny or module.startswith("torch_"):
         environment["JAX_PLATFORMS"] = "cpu"
     elif platforms and "cpu" not in platforms.split(","):
         environment["JAX_PLATFORMS"] = f"{platforms},cpu"
+    if tiny:  # it is to run, not to be fast, and most of its time is the compiler's
+        quick = "--xla_backend_optimization_level=0"
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {quick}".strip()
     return environment
 
 
 @contextlib.contextmanager
-def _worker(command: list[str], log: Path, tiny: bool) -> Iterator[subprocess.Popen]:
+def _worker(
+    command: list[str], log: Path, environment: dict[str, str]
+) -> Iterator[subprocess.Popen]:
     """A process that is gone afterwards, with all that it started; what it says goes to `log`."""
     with log.open("ab") as file:
         worker = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_environment(tiny),
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
             start_new_session=True,
         )  # fmt: skip
     try:
@@ -64,6 +72,14 @@ def last_words(log: Path, start: int) -> str:
     return one_line((errors or lines or ["no message"])[-1])
 
 
+def worker_command(
+    module: str, rows: Path, seconds: float, ceilings: dict[str, float], tiny: bool
+) -> list[str]:
+    command = [sys.executable, "-m", "experiments.bench.device.worker", module, str(rows)]
+    command += ["--seconds", f"{seconds:.1f}", "--ceilings", json.dumps(ceilings)]
+    return command + (["--tiny"] if tiny else [])
+
+
 Told = Callable[[Row], None]
 """Takes each row as it comes."""
 
@@ -73,13 +89,11 @@ def run_module(
 ) -> str | None:
     """Runs one module of a part for at most `seconds`; in one line why it failed, or None."""
     rows, log = folder / "rows.jsonl", folder / "log.txt"
-    command = [sys.executable, "-m", "experiments.bench.device.worker", module, str(rows)]
-    command += ["--seconds", f"{seconds:.1f}", "--ceilings", json.dumps(ceilings)]
-    command += ["--tiny"] if tiny else []
+    command = worker_command(module, rows, seconds, ceilings, tiny)
     with named(log):
         seen, begun = rows.stat().st_size, log.stat().st_size
         end = time.monotonic() + seconds
-        with _worker(command, log, tiny) as worker:
+        with _worker(command, log, environment_of(module, tiny)) as worker:
             while (code := worker.poll()) is None and time.monotonic() < end:
                 time.sleep(0.1)
                 seen = _tell_new(rows, seen, told)
