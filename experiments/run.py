@@ -154,9 +154,18 @@ def claims(arguments: list[str]) -> None:
 
 
 def bench(arguments: list[str]) -> None:
-    """Parses the flags, and times ours beside the peers."""
+    """Parses the flags, and times ours beside the peers, or with --device on an accelerator."""
     import tyro
 
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--device", action="store_true")
+    known, others = chosen.parse_known_args(arguments)
+    if known.device:
+        from experiments.bench.device import command
+        from experiments.bench.device.config import DeviceConfig
+
+        prog = "python -m experiments.run bench --device"
+        return command.run(tyro.cli(DeviceConfig, args=others, prog=prog))
     from experiments.bench.referee import BenchConfig, run
 
     run(tyro.cli(BenchConfig, args=arguments, prog="python -m experiments.run bench"))

@@ -41,6 +41,9 @@ class BenchConfig:
     Each pair is one process of ours and one of the peer's, in turn. Rows of less than 10 ms get
     more pairs, up to three times as many, until their interval is within ±3 %. Finished pairs are
     kept: interrupted, the same command goes on with the next one. Nothing else should run beside.
+
+    With --device, what an accelerator does with this library is measured in the place of that; its
+    flags: bench --device --help.
     """
 
     run: Path = Path("runs/bench")

@@ -149,12 +149,23 @@ def _padded(batch: list[dict[str, Any]]) -> Batch:
     return source, target, source == 0
 
 
+def fused_adam(model: nn.Module) -> torch.optim.Adam:
+    """The paper's Adam (§5.3), at a fixed rate."""
+    return torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-9, fused=True)
+
+
+def smoothed_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The mean label-smoothed cross-entropy of the tokens that are not padding, in f32."""
+    logits = logits.float().flatten(0, 1)
+    return functional.cross_entropy(logits, target.flatten(), label_smoothing=0.1, ignore_index=0)
+
+
 def _training(work: Training | Stream, weights: Path, compiled: bool) -> Contender:
     torch.manual_seed(0)
     batches, length = _batches(work), work.length if isinstance(work, Training) else work.source
     model = Transformer(work.config, length)
     model.load(weights)
-    adam = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-9, fused=True)
+    adam = fused_adam(model)
     bfloat16 = work.config.compute_dtype == "bfloat16"
     forward = torch.compile(model, dynamic=isinstance(work, Stream)) if compiled else model
     first = next(batches)
@@ -165,10 +176,7 @@ def _training(work: Training | Stream, weights: Path, compiled: bool) -> Contend
         precision = torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext()
         with precision:
             logits = forward(source, target_input, padded)
-        logits = logits.float().flatten(0, 1)
-        return functional.cross_entropy(
-            logits, target.flatten(), label_smoothing=0.1, ignore_index=0
-        )
+        return smoothed_loss(logits, target)
 
     def run() -> int:
         batch = next(batches)

@@ -1,0 +1,202 @@
+"""Whether the accelerator computes what the CPU computes: both in this process.
+
+The CPU's side is the formula (`attention="reference"`) with the layers as one loop, which compiles
+in a fraction of the time. Errors are relative: ‖x − y‖ / ‖y‖ over all that is compared, y of the
+CPU.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench.device.batches import BOS, full_batch, packed_batch
+from experiments.bench.device.session import Row, Session
+from experiments.bench.referee import AGREE
+from tfm import (
+    Transformer,
+    TransformerConfig,
+    beam_search,
+    greedy,
+    shift_right,
+    start_decoding,
+)
+from tfm.attention import Implementation, fits_cudnn, scaled_dot_product_attention
+from tfm.training import init_params, summed_loss
+
+Devices = tuple[jax.Device, jax.Device]
+"""The accelerator and the CPU; on a machine without one both are the CPU."""
+
+TIE = 1e-3
+"""Nats, and relative scores, within which two searches may choose differently."""
+
+
+def relative_error(result: Any, reference: Any) -> float:
+    """‖x − y‖ / ‖y‖ over all arrays of two trees, in float64; NaN where one has a NaN."""
+    pairs = list(zip(jax.tree.leaves(result), jax.tree.leaves(reference), strict=True))
+    x, y = (np.concatenate([np.float64(p[i]).ravel() for p in pairs]) for i in (0, 1))
+    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
+
+
+def judged(error: float, bound: float, **more: Any) -> Row:
+    """A row of an error beside its bound; NaN never passes."""
+    return {"error": error, "bound": bound, "passed": bool(error <= bound)} | more
+
+
+def on_both(devices: Devices, functions: tuple[Callable, Callable], *arguments: Any) -> list:
+    """Each device's result of its function of the same arguments, on the host."""
+
+    def compiled(device: jax.Device, function: Callable) -> Any:
+        placed = jax.device_put(arguments, device)
+        return jax.jit(function).lower(*placed).compile(), placed
+
+    with ThreadPoolExecutor() as pool:  # the two compilers do not wait for each other
+        programs = list(pool.map(compiled, devices, functions))
+    return [jax.device_get(program(*placed)) for program, placed in programs]
+
+
+def sides(config: TransformerConfig) -> tuple[Transformer, Transformer]:
+    """The model as the accelerator has it, and as the CPU's reference."""
+    reference = dataclasses.replace(config, attention="reference", scan_layers=True)
+    return Transformer(config), Transformer(reference)
+
+
+def log_probs(model: Transformer, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """ln P of each target token [R, T]; 0 where there is padding."""
+    context = {k: v for k, v in batch.items() if k not in ("source", "target")}
+    inputs = shift_right(batch["target"], BOS, batch["target_positions"])
+    logits = model.apply({"params": params}, batch["source"], inputs, **context)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["target"][..., None], -1)
+    return jnp.where(batch["target_segment_ids"] != 0, chosen[..., 0], 0)
+
+
+def training(session: Session, devices: Devices, params: Any, dtype: str) -> None:
+    """Log-probabilities and gradients of a packed batch."""
+    sizes = session.sizes
+    batch = packed_batch(sizes.agreeing, sizes.agreeing_rows, sizes.agreeing_length)
+    result: list[tuple] = []
+
+    def both(model: Transformer, params: Any, batch: dict) -> tuple:
+        gradients = jax.grad(lambda p: summed_loss(model, p, batch, BOS, 0.1)[0])(params)
+        return log_probs(model, params, batch), gradients
+
+    def of_log_probs() -> Row:
+        models = sides(dataclasses.replace(sizes.agreeing, compute_dtype=dtype))
+        result[:] = on_both(devices, tuple(partial(both, m) for m in models), params, batch)
+        return judged(relative_error(result[0][0], result[1][0]), AGREE[dtype])
+
+    def of_gradients() -> Row:
+        each = jax.tree.map(relative_error, result[0][1], result[1][1])
+        error = relative_error(result[0][1], result[1][1])
+        return judged(error, AGREE[dtype], worst_array=max(jax.tree.leaves(each)))
+
+    session.row(f"log-probabilities, packed rows, {dtype}", of_log_probs)
+    if result:
+        session.row(f"gradients, packed rows, {dtype}", of_gradients)
+
+
+def odd_lengths(session: Session, devices: Devices) -> Row:
+    """Log-probabilities at an odd length, of one layer each: no cuDNN there, by `fits_cudnn`."""
+    sizes, length = session.sizes, session.sizes.agreeing_length - 3
+    query = jax.ShapeDtypeStruct((1, 1, length, 64), jnp.bfloat16)
+    if fits_cudnn(query, query, query, jnp.bfloat16):
+        raise AssertionError(f"fits_cudnn takes an odd length, {length}")
+    config = dataclasses.replace(
+        sizes.agreeing, compute_dtype="bfloat16", num_encoder_layers=1, num_decoder_layers=1
+    )
+    models = sides(config)
+    params = init_params(models[0], jax.random.key(1))
+    batch = full_batch(config, sizes.agreeing_rows, length)
+    functions = tuple(partial(log_probs, m) for m in models)
+    result = on_both(devices, functions, params, batch)
+    return judged(relative_error(*result), AGREE["bfloat16"])
+
+
+def searched(model: Transformer, beam: int, length: int, params: Any, source: jax.Array) -> tuple:
+    """The best hypothesis [R, T] of each source and its score; none ends before `length`."""
+    step, cache = start_decoding(model, params, source, beam, length)
+    search, never = greedy if beam == 1 else beam_search, model.config.vocab_size
+    found = search(step, cache, bos=BOS, eos=never, max_length=length)
+    return found.tokens[:, 0], found.log_probs[:, 0]
+
+
+def decoding(session: Session, devices: Devices, params: Any, beam: int) -> Row:
+    """Tokens of both, equal but for ties; and the accelerator's scores of its own hypotheses.
+
+    Where tokens differ, the CPU scores both hypotheses. A difference is a tie where, greedy, the
+    two first different tokens are within `TIE` nats, or with a beam the scores within that share.
+    """
+    sizes = session.sizes
+    models, length = sides(sizes.agreeing), sizes.agreeing_length
+    source = full_batch(sizes.agreeing, sizes.agreeing_rows, length)["source"]
+    functions = tuple(partial(searched, m, beam, length) for m in models)
+    (tokens, claimed), (expected, _) = on_both(devices, functions, params, source)
+    batch = full_batch(sizes.agreeing, sizes.agreeing_rows, length)  # none of it is padding
+    score = jax.jit(partial(log_probs, models[1]))
+    totals, gaps = [], []
+    for target in (tokens, expected):
+        placed = jax.device_put((params, batch | {"target": target}), devices[1])
+        totals.append(np.asarray(score(*placed)))
+    differing = np.flatnonzero((tokens != expected).any(-1))
+    for row in differing:
+        first = int(np.argmax(tokens[row] != expected[row]))
+        own, other = (t[row] for t in totals)
+        greedily = abs(own[first] - other[first])
+        gaps.append(greedily if beam == 1 else abs(own.sum() - other.sum()) / abs(other.sum()))
+    error = relative_error(claimed, totals[0].sum(-1))
+    scores = {"score_difference": float((totals[0] - totals[1]).sum())} if gaps else {}
+    made = judged(error, AGREE["float32"], different=len(differing), hypotheses=len(tokens))
+    return made | scores | {"passed": made["passed"] and max(gaps, default=0) <= TIE}
+
+
+def attention(session: Session, devices: Devices, implementation: Implementation) -> Row:
+    """Output and gradients against the formula in f32 on the CPU, under a random mask; a query that
+    may attend to nothing gives exact zeros, and finite gradients."""
+    sizes, rng = session.sizes, np.random.default_rng(2)
+    length = sizes.attention_lengths[0] // 4 * 2
+    shape = (4, sizes.heads, length, sizes.features)
+    query, key, value, weights = (rng.standard_normal(shape, np.float32) for _ in range(4))
+    mask = rng.random((4, 1, length, length)) < 0.7
+    mask[:, :, 1] = False
+
+    def both(dtype: Any, way: Implementation, q, k, v, mask, weights) -> tuple:
+        def attend(q, k, v):
+            return scaled_dot_product_attention(
+                q, k, v, mask, compute_dtype=dtype, implementation=way
+            )
+
+        gradients = jax.grad(lambda *x: (attend(*x) * weights).sum(), argnums=(0, 1, 2))
+        return attend(q, k, v), gradients(q, k, v)
+
+    functions = (partial(both, jnp.bfloat16, implementation), partial(both, None, "reference"))
+    result, expected = on_both(devices, functions, query, key, value, mask, weights)
+    errors = [relative_error(x, y) for x, y in zip(result, expected, strict=True)]
+    made = judged(max(errors), AGREE["bfloat16"], forward_error=errors[0], gradient_error=errors[1])
+    if np.any(result[0][:, :, 1]):
+        made |= {"passed": False, "flag": "a query that may attend to nothing does not give zeros"}
+    if not all(np.isfinite(g).all() for g in result[1]):
+        made |= {"passed": False, "flag": "gradients are not finite"}
+    return made
+
+
+def run(session: Session) -> None:
+    """The cheap checks first, since compiling the model takes most of the time."""
+    devices = jax.local_devices()[0], jax.local_devices(backend="cpu")[0]
+    for implementation in ("reference", "chunked", "cudnn"):
+        name = f"attention {implementation} against the formula in f32, empty row"
+        if implementation == "cudnn" and devices[0].platform != "gpu":
+            session.skip(name, f"no cuDNN on {devices[0].platform}")
+            continue
+        session.row(name, partial(attention, session, devices, implementation))
+    params = jax.jit(partial(init_params, Transformer(session.sizes.agreeing)))(jax.random.key(0))
+    for dtype in ("float32", "bfloat16"):
+        training(session, devices, params, dtype)
+    for beam in (1, 4):
+        name = "greedy" if beam == 1 else f"beam {beam}"
+        session.row(f"{name}, float32", partial(decoding, session, devices, params, beam))
+    session.row("log-probabilities, odd lengths, bfloat16", partial(odd_lengths, session, devices))

@@ -1,0 +1,70 @@
+"""The kernels of one run that take the longest, read from what JAX's profiler writes."""
+
+import gzip
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.bench.device.session import Row, Session
+
+MOST_KEPT = 4 * 2**20
+"""Bytes of a trace that is kept in the folder; a larger one is not."""
+LONGEST = 10
+
+
+def device_events(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """What ran on the device, of a trace in Chrome's format.
+
+    On a GPU the events of its streams; its other lines (modules, steps) tell the same again. On a
+    CPU the operations of XLA, which bear the name of one.
+    """
+    events = trace["traceEvents"]
+    names = {
+        (e["pid"], e.get("tid") if e["name"] == "thread_name" else None): e["args"]["name"]
+        for e in events
+        if e.get("ph") == "M" and e.get("name") in ("process_name", "thread_name")
+    }
+    complete = [e for e in events if e.get("ph") == "X"]
+    streams = [
+        e for e in complete
+        if "/device:" in names.get((e["pid"], None), "")
+        and names.get((e["pid"], e["tid"]), "").startswith("Stream")
+    ]  # fmt: skip
+    return streams or [e for e in complete if "hlo_op" in e.get("args", {})]
+
+
+def longest(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """The kernels with the most seconds in all: name, seconds, calls, and the share of the sum."""
+    seconds, calls = Counter[str](), Counter[str]()
+    for event in device_events(trace):
+        seconds[event["name"]] += event.get("dur", 0) / 1e6
+        calls[event["name"]] += 1
+    total = sum(seconds.values()) or 1.0
+    return [
+        {"kernel": name, "seconds": spent, "calls": calls[name], "share_of_kernels": spent / total}
+        for name, spent in seconds.most_common(LONGEST)
+    ]
+
+
+def longest_kernels(session: Session, name: str, run: Callable[[], Any]) -> Row:
+    """`kernels` of one run, whose trace is kept in the session's folder where it is small.
+
+    What fails here is told in the row, which is worth something without it.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                jax.block_until_ready(run())
+            (file,) = Path(folder).rglob("*.trace.json.gz")
+            kernels = longest(json.loads(gzip.decompress(file.read_bytes())))
+            if file.stat().st_size <= MOST_KEPT:
+                shutil.copyfile(file, Path(session.folder) / f"profile-{name}.trace.json.gz")
+    except Exception as error:  # a profiler that is not allowed, say
+        return {"note": f"no profile: {type(error).__name__}: {str(error)[:200]}"}
+    return {"kernels": kernels} if kernels else {"note": "the profile names no kernel"}

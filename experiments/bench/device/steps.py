@@ -1,0 +1,123 @@
+"""Training steps in bf16: tokens a second, share of the peak, memory; and the longest kernels.
+
+A step is forward, label-smoothed loss, backward, clipping and Adam, with dropout. The FLOPs are
+those of `training_flops`, of products that the model needs: what `rematerialize` computes anew
+counts as time and not as work. Every attention counts as L×L, masked or not.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+
+from experiments.bench.device.batches import BOS, full_batch
+from experiments.bench.device.profile import longest_kernels
+from experiments.bench.device.session import Row, Session, halving
+from experiments.bench.device.timing import (
+    compile_timed,
+    median_seconds,
+    peak_bytes,
+    program_bytes,
+)
+from experiments.bench.workloads import Training, training_flops
+from experiments.plan.chips import CHIPS
+from experiments.plan.speed import Assumed, most_rows
+from experiments.plan.work import Work
+from tfm import Transformer, TransformerConfig, init_state, make_optimizer, make_train_step
+from tfm.mesh import MeshConfig
+
+VARIANTS = {
+    "plain": {},
+    "attention=reference": {"attention": "reference"},
+    "scan_layers": {"scan_layers": True},
+    "rematerialize": {"rematerialize": "layers"},
+    "attention=cudnn": {"attention": "cudnn"},
+}
+"""plain has `attention="auto"`, which is to be cuDNN's on a GPU: `cudnn` of its row says so."""
+
+FOR_ROW = 25.0
+"""Seconds that a variant takes at least, most of them to compile: less left, it is not begun."""
+_ROOM = 0.6
+"""Of the device's memory, for the estimate of what fits: the compiler tries out programs too."""
+
+
+def fitting_rows(config: TransformerConfig, length: int, most: int, memory: float) -> int:
+    """The largest power of two of rows, up to `most`, that the planner expects to fit `memory`."""
+    chip = CHIPS["H100"]._replace(memory=memory)
+    work = Work(config, MeshConfig(data=1), 1, length, length)
+    fits = most_rows(work, chip, Assumed(memory=_ROOM))
+    return min(most, 1 << max(fits, 1).bit_length() - 1)
+
+
+def bfloat16(config: TransformerConfig, **options: Any) -> TransformerConfig:
+    return dataclasses.replace(config, compute_dtype="bfloat16", **options)
+
+
+def chosen_rows(session: Session, config: TransformerConfig) -> int:
+    """Rows to begin with: of the reference attention, which needs the most memory."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    sizes = session.sizes
+    if memory is None:
+        return sizes.most_rows
+    needy = bfloat16(config, attention="reference")
+    return fitting_rows(needy, sizes.length, sizes.most_rows, memory)
+
+
+def rates(session: Session, work: Training, seconds: float) -> Row:
+    """Tokens of source and target a second, and the share of the peak."""
+    side = work.rows * work.length / seconds
+    tokens = {"source_tokens_per_second": side, "target_tokens_per_second": side}
+    return tokens | session.share_of_peak(training_flops(work) / seconds)
+
+
+def measure(session: Session, config: TransformerConfig, profile: str | None, rows: int) -> Row:
+    """One variant at `rows`; its longest kernels too where `profile` names it."""
+    model, optimizer = Transformer(config), make_optimizer(lambda step: 1e-4, 1.0)
+    before = peak_bytes()
+    batch = jax.device_put(full_batch(config, rows, session.sizes.length))
+    state = jax.jit(partial(init_state, model, optimizer))(jax.random.PRNGKey(0))
+    step = make_train_step(model, optimizer, bos=BOS)
+    program, compiling = compile_timed(step, state, batch, donate_argnums=0)
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = program(state, batch)
+        return state, metrics
+
+    timed = median_seconds(run, session.sizes.least_runs)
+    peak, needed = peak_bytes(), program_bytes(program)
+    work = Training("", config, rows, session.sizes.length, {})
+    made = {"rows": rows} | timed | {"compile_seconds": compiling}
+    made |= rates(session, work, timed["seconds"])
+    # The process's peak is this step's only where it rose.
+    made |= {"peak_bytes": peak} if peak is not None and peak > (before or 0) else {}
+    made |= {"program_bytes": needed, "cudnn": "__cudnn$fmha" in program.as_text()}
+    return made | (longest_kernels(session, profile, run) if profile else {})
+
+
+def measure_fitting(
+    session: Session, config: TransformerConfig, options: dict[str, Any], profile: str | None
+) -> Row:
+    """`measure` with as many rows as the device takes."""
+    variant = bfloat16(config, **options)
+    rows = chosen_rows(session, config)
+    return halving(rows, partial(measure, session, variant, profile))
+
+
+def run(session: Session) -> None:
+    """Every model plain, with its profile; then the variants, the first model's first."""
+    platform, fused = jax.local_devices()[0].platform, set()
+    order = [("plain", *named) for named in session.sizes.models]
+    order += [(v, *named) for named in session.sizes.models for v in VARIANTS if v != "plain"]
+    for variant, name, config in order:
+        title = f"{name} {variant}"
+        if variant == "attention=cudnn" and (platform != "gpu" or name in fused):
+            why = "plain is the same program" if name in fused else f"no cuDNN on {platform}"
+            session.skip(title, why)
+            continue
+        profile = name.lower() if variant == "plain" else None
+        work = partial(measure_fitting, session, config, VARIANTS[variant], profile)
+        made = session.row(title, work, needs=0 if session.tiny else FOR_ROW)
+        if variant == "plain" and made.get("cudnn"):
+            fused.add(name)
