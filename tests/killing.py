@@ -92,12 +92,15 @@ def last_logged(run: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def kill_once(run: Path, steps: int, flags: list[str], rng: random.Random) -> Kill:
+AIMS = ("temporary", "manifest-less", "temporary", "manifest-less", "neither")
+"""What a kill shall find, in turn."""
+
+
+def kill_once(run: Path, steps: int, flags: list[str], rng: random.Random, aim: str) -> Kill:
     """Starts the command, lets it make some checkpoints, and kills it."""
     before = sound_step(run)
     process = start(run, steps, flags)
     wanted = before + SAVE_EVERY * rng.randint(1, 6)
-    aim = rng.choice(["temporary", "manifest-less", "temporary", "neither"])
     deadline = time.monotonic() + 180
     checkpoints = run / "checkpoints"
     try:
@@ -133,7 +136,8 @@ def kill_and_compare(folder: Path, kills: int, seed: int = 0) -> tuple[list[Kill
     flags, steps, rng = write_words(folder), STEPS_A_KILL * kills, random.Random(seed)
     found = []
     for number in range(1, kills + 1):
-        kill = kill_once(folder / "killed", steps, flags, rng)
+        aim = AIMS[(number - 1) % len(AIMS)]
+        kill = kill_once(folder / "killed", steps, flags, rng, aim)
         found.append(kill)
         print(
             f"kill {number}: {kill.aimed}, reached {kill.reached}, sound {kill.sound}", flush=True

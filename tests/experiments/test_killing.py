@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.usefixtures("compiled_once")
 def test_kills_lose_two_saves_at_most_and_change_nothing(tmp_path):
-    kills, killed, whole = kill_and_compare(tmp_path, kills=12)
-    assert sum(kill.aimed != "neither" for kill in kills) >= 6
+    kills, killed, whole = kill_and_compare(tmp_path, kills=7)
+    assert sum(kill.aimed != "neither" for kill in kills) >= 4  # of six that were meant to
     for kill in kills:
         assert kill.sound > 0 and kill.lost <= 2 * SAVE_EVERY
     assert killed["state_sha256"] == whole["state_sha256"]
