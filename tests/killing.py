@@ -92,7 +92,7 @@ def last_logged(run: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-AIMS = ("temporary", "manifest-less", "temporary", "manifest-less", "neither")
+AIMS = ("temporary", "temporary", "manifest-less", "temporary", "neither")
 """What a kill shall find, in turn."""
 
 
