@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.device.batches import BOS, full_batch
+from experiments.bench.device.inputs import BOS, full_batch
 from experiments.bench.device.session import Row, Session
 from experiments.bench.device.sizes import TINY
 from experiments.bench.device.timing import compile_timed, median_seconds

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.bench.device.batches import BOS, full_batch
+from experiments.bench.device.inputs import BOS, full_batch, random_params
 from experiments.bench.device.session import Row, Session
 from experiments.bench.device.timing import (
     compile_timed,
@@ -23,7 +23,6 @@ from experiments.bench.device.timing import (
     program_bytes,
 )
 from tfm import Transformer, beam_search, greedy, start_decoding
-from tfm.training import init_params
 
 
 def read_bytes(model: Transformer, params: Any, source: Any, beam: int, length: int) -> int:
@@ -48,7 +47,7 @@ def read_bytes(model: Transformer, params: Any, source: Any, beam: int, length: 
 def measure(session: Session, sources: int, beam: int) -> Row:
     sizes = session.sizes
     model = Transformer(dataclasses.replace(sizes.decoding, compute_dtype="bfloat16"))
-    params = jax.jit(partial(init_params, model))(jax.random.key(0))
+    params = random_params(model)
     length, never = sizes.target_length, model.config.vocab_size
     source = jax.device_put(full_batch(model.config, sources, sizes.source_length)["source"])
 

@@ -10,8 +10,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
-from experiments.bench.device.batches import BOS, full_batch
+from experiments.bench.device.inputs import BOS, full_batch, random_params
 from experiments.bench.device.profile import longest_kernels
 from experiments.bench.device.session import Row, Session, halving
 from experiments.bench.device.timing import (
@@ -24,8 +26,9 @@ from experiments.bench.workloads import Training, training_flops
 from experiments.plan.chips import CHIPS
 from experiments.plan.speed import Assumed, most_rows
 from experiments.plan.work import Work
-from tfm import Transformer, TransformerConfig, init_state, make_optimizer, make_train_step
+from tfm import Transformer, TransformerConfig, make_optimizer, make_train_step
 from tfm.mesh import MeshConfig
+from tfm.training import TrainState
 
 VARIANTS = {
     "plain": {},
@@ -71,12 +74,19 @@ def rates(session: Session, work: Training, seconds: float) -> Row:
     return tokens | session.share_of_peak(training_flops(work) / seconds)
 
 
+def fresh_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
+    """Random parameters, and moments of zero."""
+    params = random_params(model)
+    zero, key = jnp.zeros((), jnp.int32), jax.random.PRNGKey(0)
+    return TrainState(zero, params, jax.jit(optimizer.init)(params), key)
+
+
 def measure(session: Session, config: TransformerConfig, profile: str | None, rows: int) -> Row:
     """One variant at `rows`; its longest kernels too where `profile` names it."""
     model, optimizer = Transformer(config), make_optimizer(lambda step: 1e-4, 1.0)
     before = peak_bytes()
     batch = jax.device_put(full_batch(config, rows, session.sizes.length))
-    state = jax.jit(partial(init_state, model, optimizer))(jax.random.PRNGKey(0))
+    state = fresh_state(model, optimizer)
     step = make_train_step(model, optimizer, bos=BOS)
     program, compiling = compile_timed(step, state, batch, donate_argnums=0)
 

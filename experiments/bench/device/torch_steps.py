@@ -9,7 +9,7 @@ import time
 from functools import partial
 from typing import Any
 
-from experiments.bench.device.batches import full_batch
+from experiments.bench.device.inputs import full_batch
 from experiments.bench.device.session import Row, Session, halving
 from experiments.bench.device.steps import bfloat16, fitting_rows, rates
 from experiments.bench.workloads import Training
