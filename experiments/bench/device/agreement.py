@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench.device import accelerator
 from experiments.bench.device.inputs import BOS, full_batch, packed_batch
 from experiments.bench.device.session import Row, Session
 from experiments.bench.referee import AGREE
@@ -198,11 +199,11 @@ def attention(session: Session, devices: Devices, implementation: Implementation
 
 def run(session: Session) -> None:
     """The cheap checks first, since compiling the model takes most of the time."""
-    devices = jax.local_devices()[0], jax.local_devices(backend="cpu")[0]
+    devices = accelerator.first(), jax.local_devices(backend="cpu")[0]
     for implementation in ("reference", "chunked", "cudnn"):
         name = f"attention {implementation} against the formula in f32, empty row"
-        if implementation == "cudnn" and devices[0].platform != "gpu":
-            session.skip(name, f"no cuDNN on {devices[0].platform}")
+        if implementation == "cudnn" and (missing := accelerator.why_no_cudnn()):
+            session.skip(name, missing)
             continue
         session.row(name, partial(attention, session, devices, implementation))
     params = jax.jit(partial(init_params, Transformer(session.sizes.agreeing)))(jax.random.key(0))

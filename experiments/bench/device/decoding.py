@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.bench.device import accelerator
 from experiments.bench.device.inputs import BOS, full_batch, random_params
 from experiments.bench.device.session import Row, Session
 from experiments.bench.device.timing import (
     compile_timed,
     median_seconds,
-    peak_bytes,
     program_bytes,
 )
 from tfm import Transformer, beam_search, greedy, start_decoding
@@ -56,10 +56,10 @@ def measure(session: Session, sources: int, beam: int) -> Row:
         search = greedy if beam == 1 else beam_search
         return search(step, cache, bos=BOS, eos=never, max_length=length)
 
-    before = peak_bytes()
+    before = accelerator.peak_bytes()
     program, compiling = compile_timed(decode, params, source)
     timed = median_seconds(lambda: program(params, source), sizes.least_runs)
-    seconds, peak = timed["seconds"], peak_bytes()
+    seconds, peak = timed["seconds"], accelerator.peak_bytes()
     made = timed | {
         "compile_seconds": compiling,
         "target_tokens_per_second": sources * length / seconds,
