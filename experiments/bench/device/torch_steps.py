@@ -1,7 +1,8 @@
 """Training steps of PyTorch's own layers beside ours: bf16 by autocast, SDPA, fused Adam.
 
 The model is `torch_peer.Transformer`, with random parameters of its own, and the work that of
-`steps`: the same rows to begin with, halved where they do not fit. It runs eagerly, and compiled.
+`steps`: the same rows to begin with, halved where they do not fit. It runs eagerly, and compiled;
+`compile_seconds` are those of the first run, since PyTorch compiles within it.
 """
 
 import importlib.util
