@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.device.batches import BOS, full_batch, packed_batch
+from experiments.bench.device import accelerator
+from experiments.bench.device.inputs import BOS, full_batch, packed_batch
 from experiments.bench.device.session import Row, Session
 from experiments.bench.referee import AGREE
 from tfm import (
@@ -125,11 +126,28 @@ def searched(model: Transformer, beam: int, length: int, params: Any, source: ja
     return found.tokens[:, 0], found.log_probs[:, 0]
 
 
+def gaps(
+    tokens: np.ndarray, expected: np.ndarray, own: np.ndarray, other: np.ndarray, greedily: bool
+) -> list[float]:
+    """How far apart the two choices are, of each row whose tokens differ; all are [R, T].
+
+    own, other: log-probabilities of both rows' tokens, by one model. Greedily: of the first tokens
+    that differ, |ln p − ln p'|, since all before them is the same. Else of the rows, as a share:
+    |Σ ln p − Σ ln p'| / |Σ ln p'|.
+    """
+    found = []
+    for row in np.flatnonzero((tokens != expected).any(-1)):
+        first = np.argmax(tokens[row] != expected[row])
+        own_sum, other_sum = own[row].sum(), other[row].sum()
+        tokens_apart = abs(own[row, first] - other[row, first])
+        found.append(tokens_apart if greedily else abs((own_sum - other_sum) / other_sum))
+    return [float(gap) for gap in found]
+
+
 def decoding(session: Session, devices: Devices, params: Any, beam: int) -> Row:
     """Tokens of both, equal but for ties; and the accelerator's scores of its own hypotheses.
 
-    Where tokens differ, the CPU scores both hypotheses. A difference is a tie where, greedy, the
-    two first different tokens are within `TIE` nats, or with a beam the scores within that share.
+    Where tokens differ, the CPU scores both hypotheses: within `TIE` all `gaps` are ties.
     """
     sizes = session.sizes
     models, length = sides(sizes.agreeing), sizes.agreeing_length
@@ -138,20 +156,15 @@ def decoding(session: Session, devices: Devices, params: Any, beam: int) -> Row:
     (tokens, claimed), (expected, _) = on_both(devices, functions, params, source)
     batch = full_batch(sizes.agreeing, sizes.agreeing_rows, length)  # none of it is padding
     score = jax.jit(partial(log_probs, models[1]))
-    totals, gaps = [], []
+    totals = []
     for target in (tokens, expected):
         placed = jax.device_put((params, batch | {"target": target}), devices[1])
         totals.append(np.asarray(score(*placed)))
-    differing = np.flatnonzero((tokens != expected).any(-1))
-    for row in differing:
-        first = int(np.argmax(tokens[row] != expected[row]))
-        own, other = (t[row] for t in totals)
-        greedily = abs(own[first] - other[first])
-        gaps.append(greedily if beam == 1 else abs(own.sum() - other.sum()) / abs(other.sum()))
+    apart = gaps(tokens, expected, *totals, greedily=beam == 1)
     error = relative_error(claimed, totals[0].sum(-1))
-    scores = {"score_difference": float((totals[0] - totals[1]).sum())} if gaps else {}
-    made = judged(error, AGREE["float32"], different=len(differing), hypotheses=len(tokens))
-    return made | scores | {"passed": made["passed"] and max(gaps, default=0) <= TIE}
+    scores = {"score_difference": float((totals[0] - totals[1]).sum())} if apart else {}
+    made = judged(error, AGREE["float32"], different=len(apart), hypotheses=len(tokens))
+    return made | scores | {"passed": made["passed"] and max(apart, default=0.0) <= TIE}
 
 
 def attention(session: Session, devices: Devices, implementation: Implementation) -> Row:
@@ -186,11 +199,11 @@ def attention(session: Session, devices: Devices, implementation: Implementation
 
 def run(session: Session) -> None:
     """The cheap checks first, since compiling the model takes most of the time."""
-    devices = jax.local_devices()[0], jax.local_devices(backend="cpu")[0]
+    devices = accelerator.first(), jax.local_devices(backend="cpu")[0]
     for implementation in ("reference", "chunked", "cudnn"):
         name = f"attention {implementation} against the formula in f32, empty row"
-        if implementation == "cudnn" and devices[0].platform != "gpu":
-            session.skip(name, f"no cuDNN on {devices[0].platform}")
+        if implementation == "cudnn" and (missing := accelerator.why_no_cudnn()):
+            session.skip(name, missing)
             continue
         session.row(name, partial(attention, session, devices, implementation))
     params = jax.jit(partial(init_params, Transformer(session.sizes.agreeing)))(jax.random.key(0))

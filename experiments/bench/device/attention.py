@@ -1,4 +1,4 @@
-"""Attention alone, operands of bf16, without a mask: forward, and with its gradients.
+"""Attention alone, operands of bf16, without a mask: forward, and with its gradients (both).
 
 FLOPs: 4·R·H·L²·d forward; with the backward pass, two products for each, three times as many.
 """
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.bench.device import accelerator
 from experiments.bench.device.session import Row, Session
 from experiments.bench.device.timing import compile_timed, median_seconds, program_bytes
 from tfm.attention import Implementation, scaled_dot_product_attention
@@ -58,8 +59,8 @@ def run(session: Session) -> None:
     for title, length, backward in titles(session):
         for way in ("cudnn", "reference", "chunked"):
             name = f"{title}, {way}"
-            if way == "cudnn" and jax.local_devices()[0].platform != "gpu":
-                session.skip(name, f"no cuDNN on {jax.local_devices()[0].platform}")
+            if way == "cudnn" and (missing := accelerator.why_no_cudnn()):
+                session.skip(name, missing)
                 continue
             work = partial(measure, session, way, length, backward)
             session.row(name, work, needs=0 if session.tiny else 2)

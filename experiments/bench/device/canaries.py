@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.device.batches import BOS, full_batch
+from experiments.bench.device import accelerator
+from experiments.bench.device.inputs import BOS, full_batch
 from experiments.bench.device.session import Row, Session
 from experiments.bench.device.sizes import TINY
 from experiments.bench.device.timing import compile_timed, median_seconds
@@ -141,7 +142,7 @@ def first_steps(session: Session) -> Row:
     step = make_train_step(model, optimizer, bos=BOS)
     batch = full_batch(TINY.agreeing, 4, 8)
     start = jax.device_get(init_state(model, optimizer, jax.random.PRNGKey(0)))
-    for device in (jax.local_devices()[0], jax.local_devices(backend="cpu")[0]):
+    for device in (accelerator.first(), jax.local_devices(backend="cpu")[0]):
         state, fed = jax.device_put((start, batch), device)
         run, found = jax.jit(step), []
         for _ in range(3):

@@ -8,6 +8,7 @@ import subprocess
 import jax
 import jax.numpy as jnp
 
+from experiments.bench.device import accelerator
 from experiments.bench.device.session import Row, Session
 from experiments.bench.device.timing import compile_timed, median_seconds
 
@@ -39,12 +40,12 @@ def driver() -> str | None:
 
 def machine() -> Row:
     """The device that JAX takes, and the software around it."""
-    device = jax.local_devices()[0]
+    device = accelerator.first()
     return {
         "platform": device.platform,
         "card": device.device_kind,
         "devices": jax.local_device_count(),
-        "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+        "memory_bytes": accelerator.memory_bytes(),
         "driver": driver(),
         "runtime": device.client.platform_version.split("\n")[0],
         "versions": versions(),

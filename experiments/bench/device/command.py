@@ -155,7 +155,8 @@ def ceilings_of(rows: list[Row]) -> dict[str, float]:
 def limit(part: Part, others: list[Part], left: float) -> float:
     """Seconds for a part: of the time that is left its share among those that are still to come."""
     later = sum(other.share for other in others)
-    return left * part.share / (part.share + later) if later else left
+    share = left * part.share / (part.share + later) if later else left
+    return min(left, max(share, part.least))
 
 
 def measure(config: DeviceConfig, run_one: RunModule, said: Console) -> Results:
@@ -167,7 +168,8 @@ def measure(config: DeviceConfig, run_one: RunModule, said: Console) -> Results:
     while waiting:
         name, left = next(iter(waiting)), end - time.monotonic()
         part = waiting.pop(name)
-        seconds = limit(part, list(waiting.values()), left)
+        # Tiny it is to run, whatever takes how long.
+        seconds = left if config.tiny else limit(part, list(waiting.values()), left)
         if seconds < LEAST:
             results["parts"][name] = {"seconds": 0.0, "rows": [], "fault": "no time was left"}
             said.print(f"{name}: no time is left")

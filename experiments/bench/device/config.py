@@ -19,10 +19,13 @@ class Part(NamedTuple):
     """Each runs in a process of its own: PyTorch's only when JAX has left the accelerator."""
     share: float
     """Of the time: seconds of the default budget."""
+    least: float = 0.0
+    """Seconds that it may take whatever its share is."""
 
 
-CEILINGS = Part(("ceilings",), 25)
-"""Measured always, and first: the other parts are set beside it."""
+CEILINGS = Part(("ceilings",), 25, least=90)
+"""Measured always, and first: the other parts are set beside it. The first process also reads the
+accelerator's libraries from a cold disk."""
 
 PARTS = {
     "agreement": Part(("agreement",), 100),

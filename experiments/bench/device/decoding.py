@@ -14,16 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.bench.device.batches import BOS, full_batch
+from experiments.bench.device import accelerator
+from experiments.bench.device.inputs import BOS, full_batch, random_params
 from experiments.bench.device.session import Row, Session
 from experiments.bench.device.timing import (
     compile_timed,
     median_seconds,
-    peak_bytes,
     program_bytes,
 )
 from tfm import Transformer, beam_search, greedy, start_decoding
-from tfm.training import init_params
 
 
 def read_bytes(model: Transformer, params: Any, source: Any, beam: int, length: int) -> int:
@@ -48,7 +47,7 @@ def read_bytes(model: Transformer, params: Any, source: Any, beam: int, length: 
 def measure(session: Session, sources: int, beam: int) -> Row:
     sizes = session.sizes
     model = Transformer(dataclasses.replace(sizes.decoding, compute_dtype="bfloat16"))
-    params = jax.jit(partial(init_params, model))(jax.random.key(0))
+    params = random_params(model)
     length, never = sizes.target_length, model.config.vocab_size
     source = jax.device_put(full_batch(model.config, sources, sizes.source_length)["source"])
 
@@ -57,10 +56,10 @@ def measure(session: Session, sources: int, beam: int) -> Row:
         search = greedy if beam == 1 else beam_search
         return search(step, cache, bos=BOS, eos=never, max_length=length)
 
-    before = peak_bytes()
+    before = accelerator.peak_bytes()
     program, compiling = compile_timed(decode, params, source)
     timed = median_seconds(lambda: program(params, source), sizes.least_runs)
-    seconds, peak = timed["seconds"], peak_bytes()
+    seconds, peak = timed["seconds"], accelerator.peak_bytes()
     made = timed | {
         "compile_seconds": compiling,
         "target_tokens_per_second": sources * length / seconds,

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from experiments.bench.device.sizes import FULL, TINY, Sizes
 
 Row = dict[str, Any]
@@ -69,6 +71,7 @@ def one_line(error: BaseException | str, most: int = 300) -> str:
 
 def with_flags(row: Row) -> Row:
     """The row, with a `flag` where one of its numbers cannot be true."""
+    row = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
     wrong = []
     for key, value in row.items():
         if isinstance(value, bool) or not isinstance(value, int | float):

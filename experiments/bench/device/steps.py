@@ -10,22 +10,25 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
-from experiments.bench.device.batches import BOS, full_batch
+from experiments.bench.device import accelerator
+from experiments.bench.device.inputs import BOS, full_batch, random_params
 from experiments.bench.device.profile import longest_kernels
 from experiments.bench.device.session import Row, Session, halving
 from experiments.bench.device.timing import (
     compile_timed,
     median_seconds,
-    peak_bytes,
     program_bytes,
 )
 from experiments.bench.workloads import Training, training_flops
 from experiments.plan.chips import CHIPS
 from experiments.plan.speed import Assumed, most_rows
 from experiments.plan.work import Work
-from tfm import Transformer, TransformerConfig, init_state, make_optimizer, make_train_step
+from tfm import Transformer, TransformerConfig, make_optimizer, make_train_step
 from tfm.mesh import MeshConfig
+from tfm.training import TrainState
 
 VARIANTS = {
     "plain": {},
@@ -56,8 +59,7 @@ def bfloat16(config: TransformerConfig, **options: Any) -> TransformerConfig:
 
 def chosen_rows(session: Session, config: TransformerConfig) -> int:
     """Rows to begin with: of the reference attention, which needs the most memory."""
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    sizes = session.sizes
+    memory, sizes = accelerator.memory_bytes(), session.sizes
     if memory is None:
         return sizes.most_rows
     needy = bfloat16(config, attention="reference")
@@ -71,12 +73,19 @@ def rates(session: Session, work: Training, seconds: float) -> Row:
     return tokens | session.share_of_peak(training_flops(work) / seconds)
 
 
+def fresh_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
+    """Random parameters, and moments of zero."""
+    params = random_params(model)
+    zero, key = jnp.zeros((), jnp.int32), jax.random.PRNGKey(0)
+    return TrainState(zero, params, jax.jit(optimizer.init)(params), key)
+
+
 def measure(session: Session, config: TransformerConfig, profile: str | None, rows: int) -> Row:
     """One variant at `rows`; its longest kernels too where `profile` names it."""
     model, optimizer = Transformer(config), make_optimizer(lambda step: 1e-4, 1.0)
-    before = peak_bytes()
+    before = accelerator.peak_bytes()
     batch = jax.device_put(full_batch(config, rows, session.sizes.length))
-    state = jax.jit(partial(init_state, model, optimizer))(jax.random.PRNGKey(0))
+    state = fresh_state(model, optimizer)
     step = make_train_step(model, optimizer, bos=BOS)
     program, compiling = compile_timed(step, state, batch, donate_argnums=0)
 
@@ -86,13 +95,13 @@ def measure(session: Session, config: TransformerConfig, profile: str | None, ro
         return state, metrics
 
     timed = median_seconds(run, session.sizes.least_runs)
-    peak, needed = peak_bytes(), program_bytes(program)
+    peak, needed = accelerator.peak_bytes(), program_bytes(program)
     work = Training("", config, rows, session.sizes.length, {})
     made = {"rows": rows} | timed | {"compile_seconds": compiling}
     made |= rates(session, work, timed["seconds"])
     # The process's peak is this step's only where it rose.
     made |= {"peak_bytes": peak} if peak is not None and peak > (before or 0) else {}
-    made |= {"program_bytes": needed, "cudnn": "__cudnn$fmha" in program.as_text()}
+    made |= {"program_bytes": needed, "cudnn": "__cudnn$fmha" in (program.as_text() or "")}
     return made | (longest_kernels(session, profile, run) if profile else {})
 
 
@@ -107,14 +116,13 @@ def measure_fitting(
 
 def run(session: Session) -> None:
     """Every model plain, with its profile; then the variants, the first model's first."""
-    platform, fused = jax.local_devices()[0].platform, set()
+    fused, missing = set(), accelerator.why_no_cudnn()
     order = [("plain", *named) for named in session.sizes.models]
     order += [(v, *named) for named in session.sizes.models for v in VARIANTS if v != "plain"]
     for variant, name, config in order:
         title = f"{name} {variant}"
-        if variant == "attention=cudnn" and (platform != "gpu" or name in fused):
-            why = "plain is the same program" if name in fused else f"no cuDNN on {platform}"
-            session.skip(title, why)
+        if variant == "attention=cudnn" and (missing or name in fused):
+            session.skip(title, missing or "plain is the same program")
             continue
         profile = name.lower() if variant == "plain" else None
         work = partial(measure_fitting, session, config, VARIANTS[variant], profile)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -42,6 +43,7 @@ COLUMNS: dict[str, tuple[str, Format]] = {
     "minutes": ("minutes", lambda m: f"{m:.2f}"),
     "word_error_rate": ("WER", _percent),
     "sound": ("sound versions", str),
+    "cudnn": ("cuDNN", lambda fused: "yes" if fused else "no"),
     "passed": ("", lambda passed: "passed" if passed else "FAILED"),
 }
 """key of a row -> heading, and how it is written. What is not here is in the file alone."""
@@ -49,7 +51,8 @@ COLUMNS: dict[str, tuple[str, Format]] = {
 
 def part_table(name: str, rows: list[dict[str, Any]], tiny: bool) -> Table:
     """The measured rows of one part, with the columns that any of them has."""
-    made = Table(title=f"{name} (tiny, CPU: no measurement)" if tiny else name)
+    title = f"{name} (tiny, CPU: no measurement)" if tiny else name
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     made.add_column("")
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     for key in keys:
@@ -63,7 +66,8 @@ def part_table(name: str, rows: list[dict[str, Any]], tiny: bool) -> Table:
 
 def kernel_table(row: dict[str, Any]) -> Table:
     """The longest kernels of one profile."""
-    made = Table(title=f"longest kernels of one step, {row['name']}")
+    title = f"longest kernels of one step, {row['name']}"
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     made.add_column("kernel", overflow="ellipsis", no_wrap=True, max_width=70)
     for heading in ("ms", "calls", "of kernels"):
         made.add_column(heading, justify="right")

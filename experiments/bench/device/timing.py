@@ -1,4 +1,4 @@
-"""Seconds of compiled programs on a device, and the memory that they need."""
+"""Seconds of compiled programs on a device, and the memory that their compiler reckons."""
 
 import statistics
 import time
@@ -46,11 +46,6 @@ def median_seconds(
     middle = statistics.median(times)
     spread = (times[(3 * runs) // 4] - times[runs // 4]) / middle
     return {"seconds": middle, "runs": runs * calls, "spread": spread}
-
-
-def peak_bytes() -> int | None:
-    """The most that this process ever had on its first device; None where no one counts."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def program_bytes(program: Any) -> int | None:

@@ -1,7 +1,8 @@
 """Training steps of PyTorch's own layers beside ours: bf16 by autocast, SDPA, fused Adam.
 
 The model is `torch_peer.Transformer`, with random parameters of its own, and the work that of
-`steps`: the same rows to begin with, halved where they do not fit. It runs eagerly, and compiled.
+`steps`: the same rows to begin with, halved where they do not fit. It runs eagerly, and compiled;
+`compile_seconds` are those of the first run, since PyTorch compiles within it.
 """
 
 import importlib.util
@@ -9,7 +10,7 @@ import time
 from functools import partial
 from typing import Any
 
-from experiments.bench.device.batches import full_batch
+from experiments.bench.device.inputs import full_batch
 from experiments.bench.device.session import Row, Session, halving
 from experiments.bench.device.steps import bfloat16, fitting_rows, rates
 from experiments.bench.workloads import Training

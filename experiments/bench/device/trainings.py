@@ -5,6 +5,7 @@ This process leaves the accelerator to them.
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -40,6 +41,8 @@ def train(session: Session, name: str, flags: tuple[str, ...]) -> Row:
     command = [sys.executable, "-m", "experiments.run", "pronounce", "--run", str(run), *flags]
     if session.tiny:
         command += [*_TINY, *_tiny_files(folder)]
+    if run.is_dir():  # of an earlier call: a finished run would only be told again
+        shutil.rmtree(run)
     begin = time.monotonic()
     try:
         done = subprocess.run(

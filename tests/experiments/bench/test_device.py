@@ -89,7 +89,9 @@ def test_parts_are_chosen_by_name_in_their_order(capsys):
 
 def test_each_part_takes_its_share_of_what_is_left():
     steps_, later = PARTS["steps"], [PARTS["attention"], PARTS["trainings"]]
-    assert command.limit(CEILINGS, list(PARTS.values()), 420.0) == pytest.approx(25.0)
+    assert command.limit(CEILINGS, list(PARTS.values()), 4200.0) == pytest.approx(250.0)
+    assert command.limit(CEILINGS, list(PARTS.values()), 420.0) == CEILINGS.least
+    assert command.limit(CEILINGS, list(PARTS.values()), 60.0) == 60.0
     share = PARTS["steps"].share / (PARTS["steps"].share + PARTS["attention"].share)
     assert command.limit(steps_, later, 100.0) == pytest.approx(100 * share)
     assert command.limit(PARTS["trainings"], [], 70.0) == 70.0
@@ -196,6 +198,7 @@ def test_a_row_that_fails_leaves_the_next(session):
 
 def test_numbers_that_cannot_be_true_are_flagged():
     assert "flag" not in with_flags({"share_of_peak": 1.0, "seconds": 0.1, "passed": False})
+    assert with_flags({"passed": np.bool_(False)})["passed"] is False  # as JSON takes it
     for wrong in ({"share_of_peak": 1.01}, {"share_of_bandwidth": 0.0}, {"seconds": -1.0}):
         assert next(iter(wrong)) in with_flags(wrong)["flag"]
 
@@ -293,6 +296,17 @@ def test_an_error_is_judged_by_its_bound():
     assert not agreement.judged(float("nan"), 0.1)["passed"]
 
 
+def test_hypotheses_may_differ_where_two_are_as_likely():
+    tokens, expected = np.array([[1, 2, 3], [1, 2, 3]]), np.array([[1, 2, 3], [1, 9, 8]])
+    own, other = (
+        np.array([[-1.0, -1, -1], [-1, -2.0, -3]]),
+        np.array([[-1.0, -1, -1], [-1, -2.5, -1.5]]),
+    )
+    assert agreement.gaps(tokens, expected, own, other, greedily=True) == [0.5]
+    assert agreement.gaps(tokens, expected, own, other, greedily=False) == [pytest.approx(0.2)]
+    assert agreement.gaps(tokens, tokens, own, own, greedily=True) == []
+
+
 def test_what_takes_far_longer_than_the_sound_way_is_flagged(session):
     assert canaries.scatter_add(session)["ratio"] > 0
     assert "flag" not in canaries.compared(session, 9.0, 1.0, 2.0, "tiny times are noise")
@@ -309,6 +323,7 @@ def test_a_training_is_a_command_whose_results_are_read(session, tmp_path, monke
         return subprocess.CompletedProcess(arguments, 0, stderr="")
 
     monkeypatch.setattr(trainings.subprocess, "run", finished)
+    (tmp_path / "pronounce-default").mkdir()  # of an earlier call
     trainings.run(session)
     (row,) = sound(session.rows)
     assert row["word_error_rate"] == 0.25 and row["minutes"] >= 0

@@ -1,8 +1,13 @@
-"""Batches of random tokens for the device, full or packed."""
+"""Random tokens, full or packed, and random parameters for what is only timed."""
 
+from typing import Any
+
+import jax
 import numpy as np
 
 from tfm.config import TransformerConfig
+from tfm.model import Transformer
+from tfm.training import init_params
 
 BOS = 1
 
@@ -34,3 +39,19 @@ def packed_batch(config: TransformerConfig, rows: int, length: int) -> dict[str,
             for name in (side, f"{side}_segment_ids", f"{side}_positions"):
                 batch[name][row, end:] = 0
     return batch
+
+
+def random_params(model: Transformer) -> Any:
+    """Normal parameters of deviation 1/√d_model, whatever they are.
+
+    The model's own initialisation is a program that takes as long to compile as some of the timed
+    ones; times do not depend on it.
+    """
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(shapes)
+    deviation = model.config.d_model**-0.5
+    arrays = [
+        deviation * jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(tree, arrays)
