@@ -22,6 +22,12 @@ def matrix_vector_sum() -> float:
     return abs(float(jax.jit(lengths)(rows)[-1]) - 32_768.0**2)
 
 
+def largest_broadcast_sum() -> float:
+    """The largest of 300 sums of 2²⁰ ones, a row of which is broadcast."""
+    total = jax.jit(lambda x: jnp.sum(jnp.broadcast_to(x, (16, 64, 1024))))
+    return max(float(total(jnp.ones((64, 1)))) for _ in range(300))
+
+
 def seconds_of_writes(length: int) -> float:
     """Of 1,000 writes of one number into an array of that length, in a loop."""
 
@@ -62,6 +68,7 @@ def reduction_of_seven_axes() -> float:
 if __name__ == "__main__":
     for name, run in {
         "matrix_vector_sum": matrix_vector_sum,
+        "largest_broadcast_sum": largest_broadcast_sum,
         "shifted": lambda: shifted(reshape=False),
         "shifted_and_reshaped": lambda: shifted(reshape=True),
         "seconds_of_writes": lambda: [seconds_of_writes(n) for n in (10_000, 1_000_000)],

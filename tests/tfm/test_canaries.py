@@ -5,6 +5,7 @@ A failure here says that the JAX that is installed is unsound, not that this cod
 | | 0.10.1 | 0.10.2 | 0.11.0 | 0.11.1 | 0.11.2 | 0.12.0.1 |
 |---|---|---|---|---|---|---|
 | jax 39103, off by | 0 | 2e6 | 0 | 0 | 0 | 0 |
+| tensorflow 126812, of 2²⁰ at most | right | 1.47 × | 1.26 × | 1.04 × | 1.36 × | right |
 | jax 40412 (39257) | right | segmentation fault | right | right | right | right |
 | openxla 49176, wrong of 128 | 96 | 96 | 96 | 96 | 96 | 96 |
 | jax 40101, ms for 1,000 writes into 10⁶ numbers | 4 | 15 | 10 | 880 | 12 | 3 |
@@ -21,17 +22,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-import tfm
+from tfm import (
+    Transformer,
+    TransformerConfig,
+    beam_search,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    sample,
+    shift_right,
+    start_decoding,
+)
 from tfm.jax_versions import RANGE
 from tfm.precision import turned
-from tfm.training import param_shapes
 
 UNSOUND = f"jax {jax.__version__} is unsound (%s): install one of jax{RANGE}"
-CONFIG = tfm.TransformerConfig(
-    vocab_size=11, d_model=8, d_ff=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=2
-)
-TOKENS = jax.ShapeDtypeStruct((3, 5), jnp.int32)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,14 @@ def test_a_matrix_vector_product_under_a_sum_is_right(found):
     assert found["matrix_vector_sum"] == 0, UNSOUND % "jax 39103; sound: all but 0.10.2"
 
 
+# 0.11.2 stays in the range for GPUs, where it is sound.
+@pytest.mark.xfail(jax.__version__ == "0.11.2", reason="tensorflow 126812, on CPUs", strict=False)
+def test_a_sum_of_what_is_broadcast_counts_each_number_once(found):
+    # Threads write into each other's partial sums: one call in fifteen to four in five.
+    why = "tensorflow 126812, google/XNNPACK 11243; sound: 0.10.1, 0.12.0 and later"
+    assert found["largest_broadcast_sum"] == 2**20, UNSOUND % why
+
+
 def test_a_reduction_of_many_axes_ends_and_is_right(found):
     # On x86-64, where XLA hands it to a library of its own (__ynn_fusion).
     error = found.get("reduction_of_seven_axes", np.inf)
@@ -66,69 +81,152 @@ def test_rows_written_over_their_neighbours_are_right(found):
     assert found["shifted"] == 0, UNSOUND % "openxla 49176; sound: all that were tried"
 
 
-# openxla 49176: with a reshape behind it, such a write reads what it has already overwritten, in
-# all versions that there are. So nothing here may write into an array what was read from it.
+# openxla/xla 49176, open, in every version from 0.10.1 to 0.12.0.1: where part of a buffer is
+# overwritten by what is computed from another part of it, and the result is reshaped, XLA for the
+# CPU may read what it has just written: jit(lambda x: (x + 1).at[1:].set((x + 1)[:-1])[None]).
+# So no such write may stand in what we jit, and where elements move they are tested at such sizes.
+
+WRITES = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2}  # name -> the update's number
+VIEWS = ("reshape", "squeeze", "expand_dims", "copy", "optimization_barrier")
 
 
-def overwritten(jaxpr):
-    """The updates of an array, in a program and all within it, that are made from that array."""
-    made_from = {}
-    for equation in jaxpr.eqns:
-        sources = {v for v in equation.invars if not hasattr(v, "val")}
-        before = sources.union(*(made_from.get(v, set()) for v in sources))
-        made_from |= dict.fromkeys(equation.outvars, before)
-        name = equation.primitive.name
-        if name == "dynamic_update_slice" or name == "scatter":
-            target, update = equation.invars[0], equation.invars[1 if name[0] == "d" else 2]
-            if target in made_from.get(update, set()) | {update}:
-                yield equation
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from overwritten(inner)
+def writes_from_themselves(function, *arguments):
+    """The writes, in all that `function` traces, whose update is computed from what they write to.
+
+    And how many writes there are. An update that depends on the same array before something else
+    was made of it, is no such write: the two are different buffers.
+    """
+    found, writes = [], 0
+    names = iter(range(1_000_000))
+
+    def enter(jaxpr: Jaxpr, given):
+        """given: of each variable that goes in, its buffer and the set of those it is made of."""
+        nonlocal writes
+        known = dict(zip(jaxpr.invars, given, strict=True))
+        known |= {v: (n, 1 << n) for v, n in zip(jaxpr.constvars, names, strict=False)}
+        for eqn in jaxpr.eqns:
+            inputs = [(None, 0) if isinstance(v, Literal) else known[v] for v in eqn.invars]
+            if (name := eqn.primitive.name) in WRITES:
+                writes += 1
+                (buffer, _), (_, made_of) = inputs[0], inputs[WRITES[name]]
+                if buffer is not None and made_of >> buffer & 1:
+                    found.append(str(eqn))
+            inner = [p.jaxpr if isinstance(p, ClosedJaxpr) else p for value in eqn.params.values()
+                     for p in (value if isinstance(value, tuple) else (value,))
+                     if isinstance(p, (Jaxpr, ClosedJaxpr))]  # fmt: skip
+            if name in ("scan", "while"):  # what goes around has a buffer of its own
+                inputs = [(n := next(names), made_of | 1 << n) for _, made_of in inputs]
+            for each in inner:  # of a loop or a branch, conditions and indices come first
+                enter(each, inputs[len(inputs) - len(each.invars) :])
+            union = 0
+            for _, made_of in inputs:
+                union |= made_of
+            for i, v in enumerate(eqn.outvars):
+                n = next(names)
+                known[v] = inputs[i] if name in VIEWS else (n, union | 1 << n)
+
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    enter(jaxpr, [(n, 1 << n) for n in (next(names) for _ in jaxpr.invars)])
+    return found, writes
 
 
-def test_what_would_be_written_over_itself_is_found():
-    shift = jax.make_jaxpr(jax.jit(lambda x: x.at[1:].set(2 * x[:-1])))(jnp.arange(4.0))
-    assert list(overwritten(shift.jaxpr))
-    other = jax.make_jaxpr(jax.jit(lambda x, y: x.at[1:].set(2 * y)))(jnp.arange(4.0), jnp.ones(3))
-    assert not list(overwritten(other.jaxpr))
+def test_a_write_of_an_array_into_itself_is_seen():
+    def moved(x):
+        return x.at[1:].set(x[:-1])
+
+    def looped(x):
+        return jax.lax.fori_loop(0, 3, lambda i, x: x.at[i].set(x[i + 1] * 2), x)
+
+    for function in (moved, jax.jit(moved), lambda x: jax.jit(moved)(x + 1).reshape(1, -1), looped):
+        assert len(writes_from_themselves(function, jnp.ones(8))[0]) == 1
+    assert writes_from_themselves(lambda x, y: x.at[1:].set(y[1:]), *jnp.ones((2, 8))) == ([], 1)
 
 
-def search(function, params, source):
-    step, cache = tfm.start_decoding(tfm.Transformer(CONFIG), params, source, 3, max_length=6)
-    return function(step, cache, bos=1, eos=2, max_length=6)
+CONFIG = TransformerConfig(
+    vocab_size=16, d_model=16, d_ff=32, num_heads=2, num_encoder_layers=1, num_decoder_layers=1,
+    attention_dropout_rate=0.1,
+)  # fmt: skip
+MODEL = Transformer(CONFIG)
+TOKENS = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+OPTIMIZER = make_optimizer(lambda step: 1e-3, clip_threshold=1.0)
 
 
-def train(params, batch):
-    model, optimizer = tfm.Transformer(CONFIG), tfm.make_optimizer(lambda step: 0.1, 1.0)
-    state = tfm.TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.PRNGKey(0))
-    return tfm.make_train_step(model, optimizer, bos=1, tokens_at_once=4)(state, batch)
+def state():
+    return jax.eval_shape(partial(init_state, MODEL, OPTIMIZER), jax.random.PRNGKey(0))
 
 
-BATCH = {
-    side + name: TOKENS
-    for side in ("source", "target")
-    for name in ("", "_segment_ids", "_positions")
-}
+def trained(model, **options):
+    sides = ("source", "target")
+    names = ("", "_segment_ids", "_positions")
+    batch = {f"{side}{name}": TOKENS for side in sides for name in names}
+    return make_train_step(model, OPTIMIZER, bos=1, **options), state(), batch
+
+
+def decoded(search):
+    def decode(params, source):
+        step, cache = start_decoding(MODEL, params, source, num_hypotheses=3, max_length=6)
+        return search(step, cache, bos=1, eos=2, max_length=6)
+
+    return decode, state().params, TOKENS
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments"),
+    "case",
     [
-        (partial(search, tfm.greedy), (param_shapes(CONFIG), TOKENS)),
-        (partial(search, tfm.beam_search), (param_shapes(CONFIG), TOKENS)),
-        (train, (param_shapes(CONFIG), BATCH)),
-        (turned, (jax.ShapeDtypeStruct((1024, 512), jnp.float32),)),
+        lambda: trained(MODEL, accumulation=2, tokens_at_once=8),
+        lambda: decoded(beam_search),
+        lambda: decoded(partial(sample, key=jax.random.PRNGKey(0), top_k=5, top_p=0.9)),
+        lambda: (turned, jax.ShapeDtypeStruct((1024, 512), jnp.float32)),
+        lambda: (jax.grad(lambda x, w: turned(x @ w).sum(), 1), *jnp.ones((2, 1024, 1024))),
     ],
-    ids=["greedy", "beam search", "training step", "turned"],
+    ids=["training step", "beam search", "sampling", "turned", "gradient"],
 )
-def test_nothing_is_written_over_what_it_was_made_from(function, arguments):
-    assert not list(overwritten(jax.make_jaxpr(function)(*arguments).jaxpr))
+def test_nothing_is_written_into_what_it_is_computed_from(case):
+    found, writes = writes_from_themselves(*case())
+    assert writes > 0 and found == []
 
 
-def test_a_shift_to_the_right_and_a_reshape_are_right():
-    labels = np.arange(128).reshape(8, 16)
-    found = jax.jit(lambda x: tfm.shift_right(x + 1, bos=0)[None])(labels)
-    right = np.concatenate([np.zeros((8, 1)), labels[:, :-1] + 1], axis=1)
-    np.testing.assert_array_equal(found[0], right)
+# Of (4,) and (3, 1, 40) the faulty form, written with .at[1:].set, gives wrong values.
+@pytest.mark.parametrize("shape", [(4,), (3, 1, 40), (8, 16)])
+def test_labels_are_shifted_right_in_a_donated_buffer(shape):
+    labels = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    wanted = np.insert(labels[..., :-1] + 1, 0, 1, axis=-1)
+    shifted = jax.jit(lambda x: shift_right(x + 1, 1).reshape(1, *shape, 1), donate_argnums=0)
+    assert np.array_equal(shifted(jnp.asarray(labels)).reshape(shape), wanted)
+
+
+def test_a_matrix_is_turned_in_a_donated_buffer():
+    x = np.arange(1024 * 512, dtype=np.float32).reshape(1024, 512)
+    flat = jax.jit(lambda x: turned(x + 1).reshape(1, -1, 1), donate_argnums=0)(jnp.asarray(x))
+    assert np.array_equal(np.ravel(flat), np.ravel(x.T + 1))
+
+
+def test_a_step_of_decoding_writes_its_own_place_in_a_donated_cache(rng):
+    """What 3 hypotheses write is the same whatever was there, and all else stays as it was."""
+
+    def method(name, params, *arguments):
+        return MODEL.apply({"params": params}, *arguments, method=name)
+
+    params = state().params
+    memory, cache = jax.eval_shape(lambda p, x: method("start", p, x, 3, 6), params, TOKENS)
+    params, old = jax.tree.map(
+        lambda x: rng.standard_normal(x.shape).astype(x.dtype), (params, cache)
+    )
+    memory, ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), (memory, cache))
+    step = jax.jit(partial(method, "step"), donate_argnums=4)
+
+    def written(index, cache):
+        """Keys and values [2, B, H, 18, d_k] after a step that may write over the cache."""
+        own = jax.tree.map(jnp.asarray, cache)
+        _, new = step(params, memory, np.full((4, 3), 7), index, own)
+        return np.stack(new.written.layers[0].pair())
+
+    before = np.stack(old.written.layers[0].pair())
+    for index in (0, 2, 5):
+        after, of_ones = written(index, old), written(index, ones)
+        own = slice(3 * index, 3 * index + 3)
+        np.testing.assert_allclose(after[..., own, :], of_ones[..., own, :], rtol=1e-6)
+        assert not np.any(after[..., own, :] == before[..., own, :])
+        others = np.delete(np.arange(18), own)
+        assert np.array_equal(after[..., others, :], before[..., others, :])
+        assert np.all(of_ones[..., others, :] == 1)
