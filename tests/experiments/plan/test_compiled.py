@@ -31,7 +31,7 @@ OTHER = {
 }  # fmt: skip
 CASES = [[model, mesh, *shape] for model, *shape in SHAPES for mesh in (NONE, ALL)]
 # Each axis alone divides a layer of each as it divides more of them, which compile for longer.
-SHALLOW = (({}, 8, 64, 96), ({"rematerialize": "layers"}, 32, 20, 28))
+SHALLOW = (({}, 16, 64, 96), ({"rematerialize": "layers"}, 32, 20, 28))
 CASES += [[model, mesh, *shape] for model, *shape in SHALLOW for mesh in ALONE]
 # Most of it hidden features, or logits: where one term is wrong, it shows.
 HIDDEN, LOGITS = {"d_ff": 1024, "vocab_size": 197}, {"vocab_size": 8000}
