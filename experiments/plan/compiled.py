@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,17 +31,21 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
-def lower(work: Work) -> Any:
+def lower(work: Work, devices: Sequence[Any] | None = None) -> Any:
     """The training step, as `train_model` runs it, lowered for the work's mesh.
+
+    devices: those of the mesh, which need not be here (`jax.experimental.topologies`). None: those
+    that are visible.
 
     Raises ValueError as `MeshConfig.over` does, where the devices are too few.
     """
     model = Transformer(work.model)
     optimizer = make_optimizer(paper_schedule(work.model.d_model), 1.0)
     step = make_train_step(model, optimizer, bos=1, accumulation=work.accumulation)
-    mesh = make_mesh(work.mesh) if work.devices > 1 else None
+    mesh = make_mesh(work.mesh, devices) if devices or work.devices > 1 else None
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        state = jax.eval_shape(partial(init_state, model, optimizer), jax.random.PRNGKey(0))
+        key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+        state = jax.eval_shape(partial(init_state, model, optimizer), key)
         shapes = {"source": work.source, "target": work.target}
         batch = {
             name: jax.ShapeDtypeStruct((work.rows, length), jnp.int32)
