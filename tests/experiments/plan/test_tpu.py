@@ -75,14 +75,14 @@ def compiled():
         pytest.skip("libtpu is not installed: pip install libtpu==0.0.41")
 
     def compile_apart(mesh):
+        root = Path(__file__).parents[3]
+        inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # those are the CPU's
         # No query for the machine's own chips, and no lock on them: there are none.
         alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        root = Path(__file__).parents[3]
         here = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
         done = subprocess.run(
             [sys.executable, __file__, json.dumps(mesh)], cwd=root, capture_output=True, text=True,
-            # The tests' flags for XLA are for the CPU.
-            timeout=900, env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | alone | here,
+            timeout=900, env=inherited | alone | here,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
