@@ -25,6 +25,21 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
 
 
+LONGEST = [
+    "test_killing", "test_together", "test_compiled", "test_sharding", "test_measures",
+    "test_resuming", "test_translator", "test_translate", "test_notebooks", "test_properties",
+    "test_marian", "test_attention", "test_model", "test_training",
+]  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    # The files that take longest come first: else one process is left with one of them at the end,
+    # and the other with nothing.
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 # Eight devices on every CPU, so that what is shared out over devices is tested on any machine.
 jax.config.update("jax_num_cpu_devices", 8)
 # A test compiles what it tests, whatever cache the user has chosen.

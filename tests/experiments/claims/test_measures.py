@@ -6,13 +6,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.claims import clipping, dropout, heads, scaling
+from experiments.claims import clipping, dropout, heads, scaling, study
 from experiments.claims.evidence import Budget, judge
 
 TINY = Budget(seeds=2, many=16, effort=0.02)
 
 
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Of the data that the studies learn from, two rows at a time, and few to be judged by."""
+    task = study.pronunciation()
+    few = {name: rows[:24] for name, rows in task.valid.items()}
+    monkeypatch.setattr(study, "pronunciation", lambda: task._replace(valid=few))
+    monkeypatch.setattr(study, "ROWS", 2)
+    monkeypatch.setattr(study, "SAMPLE", 16)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize(
     "claim", [m.CLAIM for m in (scaling, heads, dropout, clipping)], ids=lambda claim: claim.id
 )
