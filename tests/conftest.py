@@ -28,11 +28,10 @@ def pytest_configure(config):
 LONGEST = [
     "test_killing", "test_together", "test_compiled", "test_sharding", "test_measures",
     "test_resuming", "test_translator", "test_translate", "test_notebooks", "test_properties",
-    "test_marian", "test_attention", "test_model", "test_training",
+    "test_study", "test_predict", "test_model", "test_training",
 ]  # fmt: skip
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     # The files that take longest come first: else one process is left with one of them at the end,
     # and the other with nothing.
