@@ -61,6 +61,15 @@ def compiled_once(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
+def traced_anew():
+    """For a test that puts another function or number into a module: what was traced before is
+    forgotten, and what it traces itself too."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(0)
 

@@ -11,8 +11,9 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from tfm.precision import linear, matmul, working_dtype
-from tfm.shapes import assert_broadcasts, assert_fits
+from tfm.compilation import compiled
+from tfm.precision import floating, linear, matmul, plain_matmul, working_dtype
+from tfm.shapes import are_known, assert_broadcasts, assert_fits, with_axes
 from tfm.sharding import on_each_device
 
 Implementation = Literal["auto", "reference", "chunked", "cudnn"]
@@ -37,11 +38,11 @@ def masked_softmax(logits: Array, mask: Array | None = None) -> Array:
 
 def _exponentials(logits: Array, mask: Array | None) -> tuple[Array, Array, Array]:
     """exp(z − largest) where allowed, else 0; its sum, or 1 of an empty row; and the largest z."""
-    if mask is None:
-        mask = jnp.ones((), bool)
-    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    mask = jnp.ones((), bool) if mask is None else with_axes(mask, logits.ndim)
+    lowest = jnp.finfo(logits.dtype).min
+    logits = jnp.where(mask, logits, lowest)
     # Subtracting a row's maximum changes nothing but keeps exp from overflowing.
-    largest = logits.max(-1, keepdims=True)
+    largest = logits.max(-1, keepdims=True, initial=lowest if logits.shape[-1] == 0 else None)
     exponentials = jnp.where(mask, jnp.exp(logits - largest), 0)
     total = exponentials.sum(-1, keepdims=True)
     return exponentials, jnp.where(total > 0, total, 1), largest
@@ -59,11 +60,19 @@ def _check(query: Array, key: Array, mask: Array | None) -> None:
     assert_fits("query", query, (..., None, None))
     assert_fits("key", key, (*query.shape[:-2], None, query.shape[-1]), query=query)
     if mask is not None:
+        assert_fits("mask", mask, (...,))
         if mask.dtype != jnp.bool_:
             raise TypeError(f"mask must be boolean (True = may attend), not {mask.dtype}")
-        assert_broadcasts("mask", mask, (*query.shape[:-1], key.shape[-2]))
+        shape = (*query.shape[:-1], key.shape[-2])
+        assert_broadcasts("mask", mask, shape)
+        if 2 < mask.ndim < len(shape):
+            raise AssertionError(
+                f"argument mask {mask.shape} has fewer axes than the logits {shape}: write "
+                "mask[:, None] if its first is that of the examples, mask[None] if of the heads"
+            )
 
 
+@partial(compiled, static_argnames="compute_dtype")
 def attention_weights(
     query: Array, key: Array, mask: Array | None = None, *, compute_dtype: DTypeLike | None = None
 ) -> Array:
@@ -72,7 +81,7 @@ def attention_weights(
     Args:
       query: [..., L, d_k], usually [..., H, L, d_k].
       key: [..., K, d_k].
-      mask: boolean, broadcastable to [..., L, K]; True = may attend.
+      mask: boolean, [L, K] or broadcastable to [..., L, K] with as many axes; True = may attend.
       compute_dtype: see `tfm.precision`.
 
     Returns:
@@ -88,6 +97,7 @@ def attention_weights(
     return masked_softmax(matmul(query, jnp.swapaxes(key, -1, -2), compute_dtype), mask)
 
 
+@partial(compiled, static_argnames=("compute_dtype", "implementation"))
 def scaled_dot_product_attention(
     query: Array,
     key: Array,
@@ -103,12 +113,14 @@ def scaled_dot_product_attention(
       query: [..., H, L, d_k].
       key: [..., H, K, d_k].
       value: [..., H, K, d_v].
-      mask: boolean, broadcastable to [..., H, L, K]; True = may attend.
+      mask: boolean, [L, K] or broadcastable to [..., H, L, K] with as many axes; True = may
+        attend. A NaN in a value that it hides comes out all the same: 0 · NaN is NaN.
       compute_dtype: see `tfm.precision`.
       implementation: the same function, computed in another way:
         reference: the formula as it stands, with all of softmax(QKᵀ/√d_k) in memory.
         chunked: a few heads at a time, and anew in the backward pass: O(L·K) memory for those
-          only. Its derivative is there in reverse mode alone.
+          only. Its derivative is there in reverse mode alone. Where a size is 0, or symbolic (of
+          `jax.export`), it is the reference.
         cudnn: NVIDIA's fused kernel, for operands that `fits_cudnn`.
         auto: cudnn on a GPU where it fits, chunked on a CPU whose cache the logits overflow, or
           else reference.
@@ -124,6 +136,7 @@ def scaled_dot_product_attention(
     """
     _check(query, key, mask)
     assert_fits("value", value, (*key.shape[:-1], None), key=key)
+    query, key, value = floating(query, key, value)
     if implementation not in get_args(Implementation):
         raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
     fits = fits_cudnn(query, key, value, compute_dtype)
@@ -134,10 +147,13 @@ def scaled_dot_product_attention(
             f"{query.shape}, {key.shape} and {value.shape}"
         )
     ways = {name: partial(_in_parts, way, compute_dtype) for name, way in _WAYS.items()}
+    has_chunks = are_known(query, key, value) and query.size * key.size * value.size > 0
+    if implementation == "chunked" and not has_chunks:
+        implementation = "reference"
     if implementation != "auto":
         return ways[implementation](query, key, value, mask)
     on_platform = {}
-    if math.prod(query.shape[:-1]) * key.shape[-2] > CHUNK:
+    if has_chunks and math.prod(query.shape[:-1]) * key.shape[-2] > CHUNK:
         on_platform["cpu"] = ways["chunked"]
     if fits and _cudnn_is_here():
         on_platform["cuda"] = ways["cudnn"]
@@ -151,6 +167,8 @@ def fits_cudnn(query: Array, key: Array, value: Array, compute_dtype: DTypeLike 
     *_, length, d_k = query.shape
     return (
         compute_dtype is not None
+        and are_known(query, key, value)
+        and query.size * key.size > 0
         and jnp.dtype(compute_dtype).itemsize == 2
         and length % 2 == key.shape[-2] % 2 == 0
         and value.shape[-1] == d_k <= 128
@@ -181,9 +199,9 @@ def _chunked(
 def _chunked_forward(query, key, value, mask, compute_dtype):
     def attend(mask, query, key, value):
         query = query / query.shape[-1] ** 0.5
-        logits = matmul(query, key.T, compute_dtype)
+        logits = plain_matmul(query, key.T, compute_dtype)
         exponentials, total, largest = _exponentials(logits, mask)
-        return matmul(exponentials, value, compute_dtype) / total, largest + jnp.log(total)
+        return plain_matmul(exponentials, value, compute_dtype) / total, largest + jnp.log(total)
 
     out, log_totals = _map_heads(attend, mask, query, key, value)
     return out, (query, key, value, mask, out, log_totals)
@@ -199,19 +217,21 @@ def _chunked_backward(compute_dtype, residuals, cotangent):
     def gradients(mask, query, key, value, cotangent, log_total, weighted):
         scale = query.shape[-1] ** -0.5
         query = query * scale
-        logits = matmul(key, query.T, compute_dtype)
-        weights = jnp.where(mask, jnp.exp(logits - log_total.T), 0)
-        grad_weights = matmul(value, cotangent.T, compute_dtype)
+        logits = plain_matmul(key, query.T, compute_dtype)
+        # The inner where: exp of an empty row would overflow, and 0 · ∞ is its second derivative.
+        weights = jnp.exp(jnp.where(mask, logits - log_total.T, -jnp.inf))
+        grad_weights = plain_matmul(value, cotangent.T, compute_dtype)
         grad_logits = weights * (grad_weights - weighted.T)
         return (
-            matmul(key.T, grad_logits, compute_dtype).T * scale,
-            matmul(grad_logits, query, compute_dtype),
-            matmul(weights, cotangent, compute_dtype),
+            plain_matmul(key.T, grad_logits, compute_dtype).T * scale,
+            plain_matmul(grad_logits, query, compute_dtype),
+            plain_matmul(weights, cotangent, compute_dtype),
         )
 
     turned_mask = None if mask is None else jnp.swapaxes(jnp.atleast_2d(mask), -1, -2)
     arrays = (query, key, value, cotangent, log_totals, weighted)
-    return (*_map_heads(gradients, turned_mask, *arrays), None)
+    grads = _map_heads(gradients, turned_mask, *arrays)
+    return *(g.astype(x.dtype) for g, x in zip(grads, arrays, strict=False)), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -280,6 +300,7 @@ def _in_parts(
 _WAYS = {"reference": _reference, "chunked": _chunked, "cudnn": _cudnn}
 
 
+@partial(compiled, static_argnames="num_heads")
 def split_heads(x: Array, num_heads: int) -> Array:
     """Splits d_model into h heads of d_k = d_model/h features (§3.2.2).
 
@@ -296,6 +317,7 @@ def split_heads(x: Array, num_heads: int) -> Array:
     return jnp.swapaxes(heads, -2, -3)
 
 
+@compiled
 def merge_heads(x: Array) -> Array:
     """Concat(head₁, …, head_h) (§3.2.2): the inverse of `split_heads`.
 
@@ -306,6 +328,7 @@ def merge_heads(x: Array) -> Array:
     return jnp.swapaxes(x, -2, -3).reshape(*leading, length, num_heads * d_k)
 
 
+@partial(compiled, static_argnames=("num_heads", "compute_dtype", "implementation"))
 def multi_head_attention(
     query_input: Array,
     key_value_input: Array,
@@ -329,7 +352,7 @@ def multi_head_attention(
       key_value_input: [..., K, D].
       w_q, w_k, w_v, w_o: [D, D].
       num_heads: h; divides D.
-      mask: boolean, broadcastable to [..., H, L, K]; True = may attend.
+      mask: boolean, [L, K] or broadcastable to [..., H, L, K] with as many axes; True = may attend.
       compute_dtype: see `tfm.precision`.
       implementation: see `scaled_dot_product_attention`.
 

@@ -33,7 +33,10 @@ def state_sha256(state: TrainState, position: Any) -> str:
     iterator's position (JSON): equal where training would go on the same."""
     digest = hashlib.sha256(json.dumps(position, sort_keys=True).encode())
     for name, leaf in _named(_items(state)).items():
-        array = np.asarray(leaf)
+        is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+            leaf.dtype, jax.dtypes.prng_key
+        )
+        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

@@ -4,10 +4,14 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
-from tfm.precision import working_dtype
+from tfm.compilation import compiled
+from tfm.precision import floating, working_dtype
+from tfm.shapes import is_traced, nan_unless
 
 
+@compiled
 def global_norm(tree: chex.ArrayTree) -> Array:
     """‖g‖ = √(Σ over all leaves and elements of g²), in f32 or the widest type of the leaves."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
@@ -16,25 +20,33 @@ def global_norm(tree: chex.ArrayTree) -> Array:
     return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
 
 
-def clip_by_global_norm(tree: chex.ArrayTree, threshold: float) -> chex.ArrayTree:
+def clip_by_global_norm(tree: chex.ArrayTree, threshold: ArrayLike) -> chex.ArrayTree:
     """g′ = min(1, θ/‖g‖) · g, with ‖g‖ over the whole tree.
 
     The direction stays, the length is at most θ; a zero gradient stays zero. Training uses
     `optax.clip_by_global_norm`, the same formula as a link of the optimizer chain.
 
     Args:
-      tree: any tree of arrays.
-      threshold: θ > 0.
+      tree: any tree of arrays or numbers.
+      threshold: θ > 0; of a traced one that is not, everything is NaN.
 
     Returns:
-      a tree of the same structure, shapes and dtypes; all NaN where any element is.
+      a tree of the same structure and shapes, and the same dtypes but for integers, which become
+      f32; all NaN where any element is.
 
     Raises:
-      ValueError: a threshold that is a number but not positive.
+      ValueError: a threshold that is not positive.
     """
-    if isinstance(threshold, int | float) and not threshold > 0:
+    if not is_traced(threshold) and not threshold > 0:
         raise ValueError(f"threshold={threshold} must be positive")
+    return _clip(tree, threshold)
+
+
+@compiled
+def _clip(tree: chex.ArrayTree, threshold: ArrayLike) -> chex.ArrayTree:
+    tree = jax.tree.map(lambda leaf: floating(jnp.asarray(leaf))[0], tree)
     norm = global_norm(tree)
     # In this order a NaN norm makes every leaf NaN: half a broken gradient would pass unseen.
     factor = jnp.where(norm <= threshold, 1, threshold / jnp.where(norm == 0, 1, norm))
+    factor = nan_unless(threshold > 0, factor)
     return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), tree)

@@ -2,22 +2,35 @@
 
 All three take `step(tokens [B, W], index, cache) -> (logits [B, W, V], cache)`: the model's logits
 of the next token for W hypotheses of each of B sources. Every leaf of the cache is [B, W, ...] and
-goes with its hypothesis; what a `tfm.model.Still` holds stays where it is. All run inside jit, and
-stop early when every hypothesis has ended. `max_length` counts the end symbol; a hypothesis that
-has not ended by then is returned as it is. After the end symbol come zeros. A bos outside the
-vocabulary is a ValueError; an eos outside it is a symbol that never comes.
+goes with its hypothesis; what a `tfm.model.Still` holds stays where it is. All stop early when
+every hypothesis has ended. `max_length` counts the end symbol; a hypothesis that has not ended by
+then is returned as it is. After the end symbol come zeros. A bos outside the vocabulary is a
+ValueError; an eos outside it is a symbol that never comes.
+
+A `step` that is a pytree of arrays, as that of `start_decoding` or a `jax.tree_util.Partial(
+function, params)`, is compiled once for all calls of the same shapes. Any other function, and the
+step of a model with `Functions` of its own, is taken as it is: put such a search into a jit of
+yours, outside of one it is compiled at each call. There bos may be traced too, or an array [B, 1].
 """
 
+import inspect
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax, nn
+from jax.typing import ArrayLike
 
-from tfm.model import Still, Transformer
+from tfm.compilation import compiled
+from tfm.layers import Functions
+from tfm.model import Memory, Still, Transformer, compiled_for_model
 from tfm.precision import working_dtype
-from tfm.shapes import assert_ids
+from tfm.shapes import assert_fits, assert_ids, is_traced, nan_unless
 
 Cache = Any
 Step = Callable[[Array, Array, Cache], tuple[Array, Cache]]
@@ -31,6 +44,11 @@ class Decoded(NamedTuple):
     lengths: Array  # [B, W], the end symbol counted
     log_probs: Array  # [B, W], ln P(tokens | source), summed over the tokens
     scores: Array  # [B, W], what the hypotheses are ranked by
+
+    @property
+    def exists(self) -> Array:
+        """[B, W]; False where W is more than the number of hypotheses."""
+        return self.scores > -jnp.inf
 
 
 class _Search(NamedTuple):
@@ -57,7 +75,7 @@ def length_normalized_score(
     return log_prob / length_penalty(length, alpha, penalty)
 
 
-def filter_logits(logits: Array, top_k: int | None = None, top_p: float | None = None) -> Array:
+def filter_logits(logits: Array, top_k: int | None = None, top_p: ArrayLike | None = None) -> Array:
     """−inf for all but the k likeliest symbols, and all but the smallest set of probability ≥ p.
 
     logits: [..., V] -> [..., V]. The likeliest symbol always stays.
@@ -65,24 +83,32 @@ def filter_logits(logits: Array, top_k: int | None = None, top_p: float | None =
     Raises:
       ValueError: top_k below 1, or top_p outside (0, 1].
     """
+    _assert_restrictions(top_k, top_p)
     if top_k is not None:
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}")
         kth = lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
         logits = jnp.where(logits >= kth, logits, -jnp.inf)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
-    if top_p is not None and top_p < 1:  # at 1 the sum's rounding would cut the tail
+    if top_p is not None:
         descending = -jnp.sort(-logits, axis=-1)
         probabilities = nn.softmax(descending)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        least = jnp.where(before < top_p, descending, jnp.inf).min(-1, keepdims=True)
+        # The likeliest always; at 1 everything, where the sum's rounding would cut the tail.
+        stay = (before < top_p) | (before == 0) | (top_p == 1)
+        least = jnp.where(stay, descending, jnp.inf).min(-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     return logits
 
 
-def _start(step: Step, cache: Cache, bos: int, max_length: int) -> _Search:
-    """Empty hypotheses; ValueError for a bos that is no symbol of the vocabulary."""
+def _assert_restrictions(top_k: int | None, top_p: ArrayLike | None) -> None:
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if not (top_p is None or is_traced(top_p)) and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+
+
+def _start(step: Step, cache: Cache, bos: ArrayLike, max_length: int) -> _Search:
+    """Empty hypotheses; ValueError for a bos that is no symbol of the vocabulary, or no room."""
+    if max_length < 1:
+        raise ValueError(f"{max_length=} must be at least 1")
     batch, width = jax.tree.leaves(cache)[0].shape[:2]
     index, last = jnp.zeros((), jnp.int32), jnp.full((batch, width), bos, jnp.int32)
     logits, _ = jax.eval_shape(step, last, index, cache)
@@ -122,7 +148,8 @@ def _append(state: _Search, choice: Array, chosen_log_probs: Array, eos: int, ca
 def _continued(log_probs: Array, ended: Array) -> Array:
     """ln P [B, W, V] of each continuation; an ended hypothesis has one: itself, in the column of
     symbol 0."""
-    itself = jnp.where(jnp.arange(log_probs.shape[-1]) == 0, 0, -jnp.inf).astype(log_probs.dtype)
+    symbols = lax.broadcasted_iota(jnp.int32, log_probs.shape, log_probs.ndim - 1)
+    itself = jnp.where(symbols == 0, 0, -jnp.inf).astype(log_probs.dtype)
     return jnp.where(ended[..., None], itself, log_probs)
 
 
@@ -133,9 +160,29 @@ def _reorder(x: Array | Still, order: Array) -> Array | Still:
     return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
+@partial(flax.struct.dataclass, eq=False)
+class ModelStep:
+    """The `step` of a model for its sources: a pytree of the parameters and of what decoding needs
+    of the sources, so that other ones do not compile anew."""
+
+    params: Any
+    memory: Memory
+    model: Transformer = flax.struct.field(pytree_node=False)
+
+    def __call__(self, tokens: Array, index: ArrayLike, cache: Cache) -> tuple[Array, Cache]:
+        assert_fits("tokens", tokens, (None, None))
+        assert_ids("tokens", tokens, self.model.config.vocab_size)
+        return _step(self.params, self.memory, tokens, index, cache, model=self.model)
+
+
+@compiled_for_model
+def _step(params, memory, tokens, index, cache, *, model):
+    return model.apply({"params": params}, memory, tokens, index, cache, method="step")
+
+
 def start_decoding(
     model: Transformer, params: Any, source: Array, num_hypotheses: int, max_length: int
-) -> tuple[Step, Cache]:
+) -> tuple[ModelStep, Cache]:
     """Encodes source [B, S] once; returns the `step` and the empty cache that the loops take.
 
     `max_length` is the room in the cache; a loop that goes on beyond it gets NaN for logits.
@@ -144,13 +191,44 @@ def start_decoding(
       AssertionError: source is not [B, S].
       ValueError: num_hypotheses or max_length below 1, or more positions than learned ones.
     """
-    variables = {"params": params}
-    memory, cache = model.apply(variables, source, num_hypotheses, max_length, method="start")
+    c = model.config
+    assert_fits("source", source, (None, None))
+    assert_ids("source", source, c.source_vocab_size or c.vocab_size)
+    memory, cache = _start_decoding(
+        params, source, model=model,
+        num_hypotheses=operator.index(num_hypotheses), max_length=operator.index(max_length),
+    )  # fmt: skip
+    return ModelStep(params, memory, model), cache
 
-    def step(tokens: Array, index: Array, cache: Cache) -> tuple[Array, Cache]:
-        return model.apply(variables, memory, tokens, index, cache, method="step")
 
-    return step, cache
+@compiled_for_model
+def _start_decoding(params, source, *, model, num_hypotheses, max_length):
+    return model.apply({"params": params}, source, num_hypotheses, max_length, method="start")
+
+
+def _compiled(search: Callable[..., Decoded]) -> Callable[..., Decoded]:
+    """The search, compiled once for all equal steps; its keyword-only arguments are static.
+
+    A plain function is not passed as an argument: the compiled search would keep it, and all that
+    it holds, alive. The same goes for a model with functions of its own.
+    """
+    static = inspect.getfullargspec(search).kwonlyargs
+    kept = compiled(search, static_argnames=static)
+
+    def run(step: Step, *arguments: Any, **static: Any) -> Decoded:
+        own = isinstance(step, ModelStep) and step.model.functions != Functions()
+        arrays = all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(step))
+        fixed = isinstance(static["bos"], int)
+        return (kept if arrays and fixed and not own else search)(step, *arguments, **static)
+
+    return run
+
+
+def _where(bos: ArrayLike, max_length: ArrayLike) -> dict[str, Any]:
+    """Both as Python numbers; a bos that is traced, or differs between sources, as it is."""
+    is_number = not is_traced(bos) and jnp.ndim(bos) == 0
+    bos = operator.index(bos) if is_number else bos
+    return {"bos": bos, "max_length": operator.index(max_length)}
 
 
 def sample(
@@ -158,24 +236,32 @@ def sample(
     cache: Cache,
     key: Array,
     *,
-    bos: int,
-    eos: int,
+    bos: ArrayLike,
+    eos: ArrayLike,
     max_length: int,
-    temperature: float = 1.0,
+    temperature: ArrayLike = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: ArrayLike | None = None,
 ) -> Decoded:
     """Draws each token from softmax(logits / temperature), restricted by `filter_logits`.
 
     Every one of the W hypotheses of a source is an independent sample. `log_probs` and `scores` are
-    those of the model itself, before temperature and restriction.
+    those of the model itself, before temperature and restriction; NaN where a traced temperature is
+    not positive.
 
     Raises:
       ValueError: a temperature that is not positive, or as `filter_logits`.
     """
-    if not temperature > 0:
+    if not is_traced(temperature) and not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}; greedy takes the best")
+    _assert_restrictions(top_k, top_p)
+    top_k = None if top_k is None else operator.index(top_k)
+    where = _where(bos, max_length)
+    return _sample(step, cache, key, eos, temperature, top_p, top_k=top_k, **where)
 
+
+@_compiled
+def _sample(step, cache, key, eos, temperature, top_p, *, bos, max_length, top_k):
     def advance(state: _Search) -> _Search:
         logits, cache = step(state.last, state.index, state.cache)
         log_probs = nn.log_softmax(logits.astype(state.log_probs.dtype))
@@ -184,14 +270,18 @@ def sample(
         chosen = jnp.take_along_axis(log_probs, choice[..., None], axis=-1)[..., 0]
         return _append(state, choice.astype(jnp.int32), chosen, eos, cache)
 
-    state = _start(step, cache, bos, max_length)
-    state = _run(advance, state, max_length)
-    return Decoded(state.tokens, state.lengths, state.log_probs, state.log_probs)
+    state = _run(advance, _start(step, cache, bos, max_length), max_length)
+    log_probs = nan_unless(temperature > 0, state.log_probs)
+    return Decoded(state.tokens, state.lengths, log_probs, log_probs)
 
 
-def greedy(step: Step, cache: Cache, *, bos: int, eos: int, max_length: int) -> Decoded:
+def greedy(step: Step, cache: Cache, *, bos: ArrayLike, eos: ArrayLike, max_length: int) -> Decoded:
     """Takes the likeliest token at each position."""
+    return _greedy(step, cache, eos, **_where(bos, max_length))
 
+
+@_compiled
+def _greedy(step, cache, eos, *, bos, max_length):
     def advance(state: _Search) -> _Search:
         logits, cache = step(state.last, state.index, state.cache)
         log_probs = nn.log_softmax(logits.astype(state.log_probs.dtype))
@@ -199,8 +289,7 @@ def greedy(step: Step, cache: Cache, *, bos: int, eos: int, max_length: int) -> 
         best, choice = lax.top_k(log_probs, 1)
         return _append(state, choice[..., 0], best[..., 0], eos, cache)
 
-    state = _start(step, cache, bos, max_length)
-    state = _run(advance, state, max_length)
+    state = _run(advance, _start(step, cache, bos, max_length), max_length)
     return Decoded(state.tokens, state.lengths, state.log_probs, state.log_probs)
 
 
@@ -208,36 +297,40 @@ def beam_search(
     step: Step,
     cache: Cache,
     *,
-    bos: int,
-    eos: int,
+    bos: ArrayLike,
+    eos: ArrayLike,
     max_length: int,
-    alpha: float = 0.6,
+    alpha: ArrayLike = 0.6,
     penalty: Penalty = "paper",
 ) -> Decoded:
     """Keeps the W best hypotheses by ln P / lp(n), lp(n) = ((5 + n)/6)^α (§6.1; α = 0.6).
 
     W is the cache's second axis. At each position every open hypothesis is extended by every
     symbol, and ended ones stay as they are; the W best of all these go on. So W = 1 is greedy
-    search, and a W as wide as the space of sequences finds the best one. With `penalty="power"`
-    lp(n) = n^α, as fairseq, Marian and CTranslate2 have it; another form is a ValueError.
+    search, and a W as wide as the space of sequences finds the best one; of a wider one the rest
+    are not there (`Decoded.exists`), and score −∞. With `penalty="power"` lp(n) = n^α, as fairseq,
+    Marian and CTranslate2 have it; another form is a ValueError.
     """
+    return _beam_search(step, cache, eos, alpha, penalty=penalty, **_where(bos, max_length))
 
+
+@_compiled
+def _beam_search(step, cache, eos, alpha, *, bos, max_length, penalty):
     def advance(state: _Search) -> _Search:
         logits, cache = step(state.last, state.index, state.cache)
         log_probs = nn.log_softmax(logits.astype(state.log_probs.dtype))
-        vocabulary = log_probs.shape[-1]
+        batch, width, vocabulary = log_probs.shape
         totals = state.log_probs[..., None] + _continued(log_probs, state.ended)
         lengths = state.lengths + ~state.ended
         scores = length_normalized_score(totals, lengths[..., None], alpha, penalty)
-        batch, width = state.last.shape
-        _, best = lax.top_k(scores.reshape(batch, -1), width)
+        _, best = lax.top_k(scores.reshape(batch, width * vocabulary), width)
         parent, choice = best // vocabulary, best % vocabulary
 
         inherited = state._replace(
             tokens=_reorder(state.tokens, parent),
             ended=_reorder(state.ended, parent),
             lengths=_reorder(state.lengths, parent),
-            log_probs=_reorder(totals.reshape(batch, -1), best),
+            log_probs=_reorder(totals.reshape(batch, width * vocabulary), best),
         )
         cache = jax.tree.map(
             lambda x: _reorder(x, parent), cache, is_leaf=lambda x: isinstance(x, Still)
@@ -246,10 +339,8 @@ def beam_search(
 
     state = _start(step, cache, bos, max_length)
     # All hypotheses start equal, so all but the first are shut out of the first choice.
-    width = state.last.shape[1]
-    state = (
-        state._replace(log_probs=state.log_probs.at[:, 1:].set(-jnp.inf)) if width > 1 else state
-    )
+    if state.last.shape[1] > 1:
+        state = state._replace(log_probs=state.log_probs.at[:, 1:].set(-jnp.inf))
     state = _run(advance, state, max_length)
     scores = length_normalized_score(state.log_probs, state.lengths, alpha, penalty)
     order = jnp.argsort(-scores, axis=1)

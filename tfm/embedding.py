@@ -1,13 +1,16 @@
 """§3.4 Embeddings and the output distribution."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array, nn
 from jax.typing import DTypeLike
 
 from tfm import sharding
+from tfm.compilation import compiled
 from tfm.precision import linear, working_dtype
-from tfm.shapes import assert_fits, assert_ids
+from tfm.shapes import as_ids, assert_fits, assert_ids, nan_unless
 
 TABLE = ("vocabulary", None)
 
@@ -17,8 +20,8 @@ def _batched(ids: Array) -> tuple[str | None, ...]:
     return ("batch",) + (None,) * (ids.ndim - 1) if ids.ndim > 1 else (None,) * ids.ndim
 
 
-@jax.custom_vjp
-def _lookup(table: Array, ids: Array) -> Array:
+def _rows(table: Array, ids: Array) -> Array:
+    """table[ids], and NaN for an id outside the table."""
     vocabulary, d_model = table.shape
 
     def rows_of(table: Array, ids: Array) -> Array:
@@ -33,11 +36,14 @@ def _lookup(table: Array, ids: Array) -> Array:
         (ids, _batched(ids)),
         out=((*ids.shape, d_model), (*_batched(ids), None)),
     )
-    return jnp.where(((ids >= 0) & (ids < vocabulary))[..., None], rows, jnp.nan)
+    return nan_unless(((ids >= 0) & (ids < vocabulary))[..., None], rows)
+
+
+_lookup = jax.custom_vjp(_rows)
 
 
 def _lookup_forward(table, ids):
-    return _lookup(table, ids), (table, ids)
+    return _rows(table, ids), (table, ids)
 
 
 def _lookup_backward(residuals, cotangent):
@@ -80,13 +86,19 @@ def embed(ids: Array, table: Array, *, scale: bool = True) -> Array:
       ValueError: an id outside [0, V), named.
     """
     assert_fits("table", table, (None, None))
+    assert_fits("ids", ids, (...,))
     assert_ids("ids", ids, table.shape[0])
+    return _embed(ids, table, scale)
+
+
+@partial(compiled, static_argnames="scale")
+def _embed(ids: Array, table: Array, scale: bool) -> Array:
     table = jnp.asarray(table)
-    table = table.astype(working_dtype(table))
-    rows = _lookup(table, jnp.asarray(ids))
+    rows = _lookup(table.astype(working_dtype(table)), as_ids(ids))
     return rows * table.shape[1] ** 0.5 if scale else rows
 
 
+@partial(compiled, static_argnames="compute_dtype")
 def output_logits(
     y: Array, w: Array, b: Array | None = None, *, compute_dtype: DTypeLike | None = None
 ) -> Array:
@@ -100,9 +112,10 @@ def output_logits(
     if b is None:
         return logits
     assert_fits("b", b, (w.shape[1],), w=w)
-    return logits + b
+    return logits + jnp.broadcast_to(b, logits.shape)
 
 
+@compiled
 def output_distribution(y: Array, w: Array, b: Array) -> Array:
     """P(word) = softmax(y W + b) (§3.4).
 

@@ -1,10 +1,12 @@
 """§3.3 Position-wise feed-forward networks."""
 
 from collections.abc import Callable
+from functools import partial
 
 from jax import Array, nn
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
+from tfm.compilation import compiled
 from tfm.dropout import dropout
 from tfm.precision import linear, over_rows
 from tfm.shapes import assert_fits
@@ -19,7 +21,7 @@ def feed_forward(
     *,
     activation: Callable[[Array], Array] = nn.relu,
     dropout_key: Array | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: ArrayLike = 0.0,
     compute_dtype: DTypeLike | None = None,
 ) -> Array:
     """FFN(x) = max(0, x W₁ + b₁) W₂ + b₂, at each position alone (§3.3, equation 2).
@@ -32,6 +34,7 @@ def feed_forward(
 
     Raises:
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
+      ValueError: a dropout_rate outside [0, 1), where there is a dropout_key.
     """
     assert_fits("x", x, (..., None))
     d_model = x.shape[-1]
@@ -39,9 +42,13 @@ def feed_forward(
     assert_fits("b1", b1, (w1.shape[1],), w1=w1)
     assert_fits("w2", w2, (w1.shape[1], d_model), w1=w1, x=x)
     assert_fits("b2", b2, (d_model,), w2=w2)
-    hidden = linear(x, w1, compute_dtype)
-    hidden = activation(hidden + over_rows(b1, hidden.shape))
+    hidden = activation(_affine(x, w1, b1, compute_dtype))
     if dropout_key is not None:
         hidden = dropout(dropout_key, hidden, dropout_rate)
-    y = linear(hidden, w2, compute_dtype)
-    return y + over_rows(b2, y.shape)
+    return _affine(hidden, w2, b2, compute_dtype)
+
+
+@partial(compiled, static_argnames="compute_dtype")
+def _affine(x: Array, w: Array, b: Array, compute_dtype: DTypeLike | None) -> Array:
+    y = linear(x, w, compute_dtype)
+    return y + over_rows(b, y.shape)

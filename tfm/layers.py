@@ -23,6 +23,7 @@ from tfm.normalization import layer_norm
 from tfm.positions import sinusoidal_positions
 from tfm.precision import linear, matmul
 from tfm.quantization import Quantized, side_by_side
+from tfm.shapes import with_axes
 from tfm.sharding import at_use, constrain, is_divided
 
 INITIALIZERS = {
@@ -131,7 +132,7 @@ class MultiHeadAttention(nn.Module):
         w = side_by_side([self.weights[n] for n in names])
         y = linear(x, w, self.config.compute_dtype)
         if self.config.projection_bias:
-            y += jnp.concatenate([self.biases[n] for n in names])
+            y += with_axes(jnp.concatenate([self.biases[n] for n in names]), y.ndim)
         return y
 
     def project(self, x: Array, names: str) -> list[Array]:
@@ -156,7 +157,7 @@ class MultiHeadAttention(nn.Module):
 
         y = linear(x, beside([self.weights[n] for n in names]), c.compute_dtype)
         if c.projection_bias:
-            y += beside([self.biases[n] for n in names])
+            y += with_axes(beside([self.biases[n] for n in names]), y.ndim)
         return jnp.split(split_heads(y, c.num_heads), len(names), axis=-1)
 
     def attend(
@@ -182,7 +183,7 @@ class MultiHeadAttention(nn.Module):
                 query, key, value, mask, compute_dtype=c.compute_dtype, implementation=c.attention
             )
         if head_mask is not None:
-            heads *= head_mask[:, None, None]
+            heads *= with_axes(head_mask[:, None, None], heads.ndim)
         return self._linear(merge_heads(heads), "o"), weights
 
 

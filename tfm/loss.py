@@ -1,12 +1,15 @@
 """§5.4 Label smoothing."""
 
+from functools import partial
 from typing import Literal, get_args
 
 import jax.numpy as jnp
-from jax import Array, nn
+from jax import Array, lax, nn
+from jax.typing import ArrayLike
 
+from tfm.compilation import compiled
 from tfm.precision import working_dtype
-from tfm.shapes import assert_fits, assert_ids
+from tfm.shapes import as_ids, assert_fits, assert_ids, is_traced, nan_unless
 
 SmoothedOver = Literal["all", "others", "others_but_padding"]
 
@@ -14,7 +17,7 @@ SmoothedOver = Literal["all", "others", "others_but_padding"]
 def label_smoothed_cross_entropy(
     logits: Array,
     labels: Array,
-    smoothing: float = 0.1,
+    smoothing: ArrayLike = 0.1,
     over: SmoothedOver = "all",
     vocab_size: int | None = None,
 ) -> Array:
@@ -29,30 +32,75 @@ def label_smoothed_cross_entropy(
     Where `vocab_size` is less than V, the words beyond it are none: their logits are −∞, and they
     have no share of ε.
 
-    logits: [..., V], labels: [...] integers in [0, V) -> [...]. Inside jit, which cannot raise, a
-    label outside [0, V) gives NaN.
+    A word that is forbidden by a logit of −∞ costs nothing where q(v) = 0, and ∞ elsewhere.
+
+    logits: [..., V], labels: [...] integers in [0, vocab_size), smoothing: a number -> [...]
+
+    Inside jit, which cannot raise, a label or a smoothing outside gives NaN, and no gradient: a
+    `jnp.where` that leaves such positions out leaves nothing of them.
 
     Raises:
       AssertionError: labels whose shape is not that of the logits without their last axis.
-      ValueError: smoothing outside [0, 1], an unknown `over`, or a label outside [0, V).
+      ValueError: smoothing outside [0, 1], an unknown `over`, a vocab_size above V, or a label
+        outside [0, vocab_size).
     """
     assert_fits("logits", logits, (..., None))
-    assert_fits("labels", labels, logits.shape[:-1], logits=logits)
-    assert_ids("labels", labels, logits.shape[-1])
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must be in [0, 1], not {smoothing}")
+    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
+    if vocab_size > logits.shape[-1]:
+        raise ValueError(f"{vocab_size=} is more than the logits' {logits.shape[-1]}")
+    assert_ids("labels", labels, vocab_size)
+    assert_smoothing(smoothing)
     if over not in get_args(SmoothedOver):
         raise ValueError(f"over={over!r} must be one of {get_args(SmoothedOver)}")
+    weights = 1 - smoothing, smoothing
+    return _label_smoothed_cross_entropy(logits, labels, weights, over, vocab_size)
+
+
+def assert_smoothing(smoothing: ArrayLike) -> None:
+    """Asserts that a concrete smoothing is one.
+
+    Raises:
+      ValueError: it is outside [0, 1].
+    """
+    if not is_traced(smoothing) and not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing must be in [0, 1], not {smoothing}")
+
+
+@partial(compiled, static_argnames=("over", "vocab_size"))
+def _label_smoothed_cross_entropy(
+    logits: Array,
+    labels: Array,
+    weights: tuple[ArrayLike, ArrayLike],
+    over: SmoothedOver,
+    vocab_size: int,
+) -> Array:
+    """The loss, with `weights` 1 − ε and ε."""
+    assert_fits("labels", labels, logits.shape[:-1], logits=logits)
     logits = logits.astype(working_dtype(logits))
-    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    words, v = logits, logits.shape[-1] if vocab_size is None else vocab_size
-    if v < logits.shape[-1]:
-        words = jnp.where(jnp.arange(logits.shape[-1]) < v, logits, 0)
-    if over == "all":
-        shared = words.sum(-1) / v
-    elif over == "others":
-        shared = (words.sum(-1) - picked) / (v - 1)
-    else:
-        shared = (words[..., 1:].sum(-1) - picked) / (v - 2)
-    expected = (1 - smoothing) * picked + smoothing * shared
-    return nn.logsumexp(logits, axis=-1) - expected
+    labels = as_ids(labels)
+    # take_along_axis would count a negative label from the end.
+    inside = (labels >= 0) & (labels < vocab_size)
+    label = jnp.where(inside, labels, 0)[..., None]
+    label_logit = jnp.take_along_axis(logits, label, axis=-1)[..., 0]
+    sharing, number = _sharing(logits, label, over, vocab_size)
+    expected = _weighted(weights[0], label_logit) + _weighted(weights[1], sharing.sum(-1) / number)
+    is_distribution = (weights[0] >= 0) & (weights[1] >= 0)
+    return nan_unless(inside & is_distribution, nn.logsumexp(logits, axis=-1) - expected)
+
+
+def _sharing(logits: Array, label: Array, over: SmoothedOver, vocab_size: int) -> tuple[Array, int]:
+    """The logits of the words that share ε, with 0 in the place of others; and their number."""
+    first = 1 if over == "others_but_padding" else 0
+    number = vocab_size - first - (over != "all")
+    if number == logits.shape[-1]:
+        return logits, number
+    words = lax.broadcasted_iota(label.dtype, logits.shape, logits.ndim - 1)
+    shares = (words >= first) & (words < vocab_size)
+    if over != "all":
+        shares &= words != label
+    return jnp.where(shares, logits, 0), number
+
+
+def _weighted(weight: ArrayLike, logit: Array) -> Array:
+    """weight · logit, with 0 · −∞ = 0: a forbidden word without weight does not count."""
+    return weight * jnp.where((weight == 0) & jnp.isneginf(logit), 0, logit)

@@ -2,7 +2,9 @@
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
+from tfm.compilation import compiled
 from tfm.shapes import assert_fits
 
 
@@ -11,7 +13,8 @@ def causal_mask(length: int) -> Array:
     return jnp.tril(jnp.ones((length, length), bool))
 
 
-def padding_mask(tokens: Array, pad_id: int = 0) -> Array:
+@compiled
+def padding_mask(tokens: Array, pad_id: ArrayLike = 0) -> Array:
     """Every position may attend to real tokens only.
 
     tokens: [..., K] ids -> [..., 1, 1, K], the same for every head and query.
@@ -20,6 +23,7 @@ def padding_mask(tokens: Array, pad_id: int = 0) -> Array:
     return (tokens != pad_id)[..., None, None, :]
 
 
+@compiled
 def segment_mask(query_segments: Array, key_segments: Array) -> Array:
     """Positions of packed rows may attend within their own sequence; segment 0 is padding.
 

@@ -5,14 +5,18 @@ goes in and comes out, attention weights are a second output, dropout draws from
 passes (None means no dropout).
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
+from tfm.compilation import compiled
 from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_logits
@@ -27,14 +31,18 @@ from tfm.layers import (
 )
 from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.quantization import Quantized
-from tfm.shapes import assert_broadcasts, assert_fits, assert_ids
+from tfm.shapes import as_ids, assert_broadcasts, assert_fits, assert_ids, nan_unless, with_axes
 from tfm.sharding import at_use, constrain
+
+LAYERS = EncoderLayer, DecoderLayer
+REMAT_LAYERS = nn.remat(EncoderLayer), nn.remat(DecoderLayer)
+"""Each computed anew in the backward pass."""
 
 HeadMasks = dict[str, Array]
 """What each head's output is multiplied by: 'encoder', 'decoder', 'cross' -> [N, H]; optional."""
 
 
-def _one_sequence(tokens: Array) -> Array:
+def one_sequence(tokens: Array) -> Array:
     """The segment ids of rows that hold one sequence each: 1, and 0 where the token is padding."""
     return (tokens != 0).astype(jnp.int32)
 
@@ -93,9 +101,9 @@ class Transformer(nn.Module):
             self._output()
         if c.output_bias:
             self.bias = self.param("output_bias", nn.initializers.zeros, (c.padded(c.vocab_size),))
-        anew = nn.remat if c.rematerialize == "layers" else lambda layer: layer
-        self.encoder = [anew(EncoderLayer)(c, f) for _ in range(c.num_encoder_layers)]
-        self.decoder = [anew(DecoderLayer)(c, f) for _ in range(c.num_decoder_layers)]
+        encoder, decoder = REMAT_LAYERS if c.rematerialize == "layers" else LAYERS
+        self.encoder = [encoder(c, f) for _ in range(c.num_encoder_layers)]
+        self.decoder = [decoder(c, f) for _ in range(c.num_decoder_layers)]
         if c.has_final_norm:
             self.encoder_norm, self.decoder_norm = LayerNorm(c, f), LayerNorm(c, f)
 
@@ -127,25 +135,32 @@ class Transformer(nn.Module):
         table = self.source_table if side == "source" else self.target_table
         words = (side == "source" and c.source_vocab_size) or c.vocab_size
         assert_ids(side, ids, words)
+        ids = as_ids(ids)
         if words < len(table):  # the rows beyond are no words: NaN, as all ids outside
             ids = jnp.where(ids < words, ids, len(table))
         x, length = embed(ids, table, scale=c.scale_embeddings), ids.shape[-1]
+        if positions is not None and c.first_position:
+            # A negative position stays one, which is invalid.
+            positions = as_ids(positions)
+            positions = jnp.where(positions < 0, positions, c.first_position + positions)
         if c.positions == "learned":
             if positions is None:
                 self._check_length(side, length)
-                positions = jnp.arange(length)
-            rows = self.learned[side].at[c.first_position + positions]
-            x += rows.get(mode="fill", wrap_negative_indices=False)
+                positions = c.first_position + jnp.arange(length)
+            rows = self.learned[side].at[positions].get(mode="fill", wrap_negative_indices=False)
         else:
-            up_to = c.first_position + (length if positions is None else positions)
+            up_to = c.first_position + length if positions is None else positions
             layout = {} if c.sinusoid_layout == "interleaved" else {"layout": c.sinusoid_layout}
             rows = self.functions.sinusoidal_positions(up_to, c.d_model, **layout)
-            x += rows[c.first_position :] if positions is None else rows
+            rows = rows[c.first_position :] if positions is None else rows
+        x += with_axes(rows, x.ndim)
         return x if dropout_key is None else dropout(dropout_key, x, c.dropout_rate)
 
     def _check_length(self, side: str, length: int) -> None:
         """Raises ValueError where the learned positions are too few for `length`."""
         c = self.config
+        if not isinstance(length, int):  # symbolic, of `jax.export`; NaN where it is too much
+            return
         if c.positions == "learned" and c.first_position + length > c.max_learned_positions:
             first = f" from {c.first_position} on" if c.first_position else ""
             raise ValueError(
@@ -179,13 +194,7 @@ class Transformer(nn.Module):
             one = type(layers[0])(self.config, self.functions, parent=None)
             params = jax.tree.map(lambda *p: jnp.stack(p), *(x.variables["params"] for x in layers))
             each = params, *(None if x[0] is None else jnp.stack(x) for x in (keys, *heads))
-
-            def layer(x, each):
-                params, *own = each
-                x, *weights = one.apply({"params": params}, x, *context, *own)
-                return x, weights
-
-            x, weights = jax.lax.scan(layer, x, each)
+            x, weights = _scan(x, context, each, model=one)
             return [x, *weights]
         found = []
         for layer, *own in zip(layers, keys, *heads, strict=True):
@@ -206,7 +215,8 @@ class Transformer(nn.Module):
         logits = constrain(logits, "batch", None, "vocabulary")
         if logits.shape[-1] == c.vocab_size:
             return logits
-        return jnp.where(jnp.arange(logits.shape[-1]) < c.vocab_size, logits, -jnp.inf)
+        words = with_axes(jnp.arange(logits.shape[-1]), logits.ndim)
+        return jnp.where(words < c.vocab_size, logits, -jnp.inf)
 
     def encode(
         self,
@@ -219,7 +229,7 @@ class Transformer(nn.Module):
     ) -> tuple[Array, Array]:
         """[..., S] ids -> [..., S, D] and the attention weights [N, ..., H, S, S]."""
         assert_fits("source", source, (..., None))
-        segments = _one_sequence(source) if source_segment_ids is None else source_segment_ids
+        segments = one_sequence(source) if source_segment_ids is None else source_segment_ids
         assert_fits("source_segment_ids", segments, source.shape, source=source)
         mask = segment_mask(segments, segments)
         x = self._embed("source", source, source_positions, site_key(dropout_key, 0))
@@ -242,7 +252,8 @@ class Transformer(nn.Module):
         weights [N, ..., H, T, T] and [N, ..., H, T, S]."""
         assert_fits("target", target, (..., None))
         assert_fits("target_segment_ids", target_segment_ids, target.shape, target=target)
-        mask = segment_mask(target_segment_ids, target_segment_ids) & causal_mask(target.shape[-1])
+        mask = segment_mask(target_segment_ids, target_segment_ids)
+        mask &= with_axes(causal_mask(target.shape[-1]), mask.ndim)
         cross_mask = segment_mask(target_segment_ids, source_segment_ids)
         x = self._embed("target", target, target_positions, site_key(dropout_key, 0))
         heads = [
@@ -290,9 +301,9 @@ class Transformer(nn.Module):
         """
         assert_fits("target", target, (*source.shape[:-1], None), source=source)
         if source_segment_ids is None:
-            source_segment_ids = _one_sequence(source)
+            source_segment_ids = one_sequence(source)
         if target_segment_ids is None:
-            target_segment_ids = _one_sequence(target)
+            target_segment_ids = one_sequence(target)
         encoded, encoder_weights = self.encode(
             source, source_segment_ids, source_positions,
             dropout_key=site_key(dropout_key, 0), head_masks=head_masks,
@@ -331,11 +342,13 @@ class Transformer(nn.Module):
     ) -> tuple[Array, Cache]:
         """One step at position `index` for tokens [B, W] -> logits [B, W, V] and the cache."""
         x = self._embed("target", tokens[..., None], jnp.asarray(index)[None], None)[..., 0, :]
-        _, width, length = cache.rows.shape
-        row, position = jnp.arange(width, dtype=cache.rows.dtype), jnp.arange(length)
-        rows = jnp.where(position == index, row[:, None], cache.rows)
-        written_by = rows[..., None] == row  # [B, W hypotheses, T, W rows]
-        mask = (written_by & (position <= index)[:, None]).reshape(*rows.shape[:2], -1)[:, None]
+        batch, width, length = cache.rows.shape
+        row = jnp.arange(width, dtype=cache.rows.dtype)
+        position = with_axes(jnp.arange(length), 3)
+        rows = jnp.where(position == index, row[None, :, None], cache.rows)
+        written_by = rows[..., None] == with_axes(row, 4)  # [B, W hypotheses, T, W rows]
+        mask = written_by & (position <= index)[..., None]
+        mask = mask.reshape(batch, 1, width, length * width)
         new = []
         for layer, layer_cache, layer_memory in zip(
             self.decoder, cache.written.layers, memory.layers, strict=True
@@ -343,17 +356,52 @@ class Transformer(nn.Module):
             x, written = layer.step(x, index, layer_cache, mask, layer_memory, memory.mask)
             new.append(written)
         x = self.decoder_norm(x) if self.config.has_final_norm else x
-        # Beyond the cache there is no room: NaN, since its last position has been overwritten.
-        logits = jnp.where(index < length, self.logits(x), jnp.nan)
+        # Beyond the cache there is no room: NaN, since another position has been overwritten.
+        logits = nan_unless((index >= 0) & (index < length), self.logits(x))
         return logits, Cache(rows, Still(tuple(new)))
 
 
-def shift_right(labels: Array, bos: int, positions: Array | None = None) -> Array:
+def compiled_for_model(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled` of a function whose keyword-only arguments, `model` one of them, are static.
+
+    For a model with `Functions` of its own it is the function itself: what is compiled keeps its
+    static arguments for ever, and with functions that are made anew each time they would pile up.
+    """
+    static = inspect.getfullargspec(function).kwonlyargs
+    kept = compiled(function, static_argnames=static)
+
+    @wraps(function)
+    def call(*arguments: Any, model: nn.Module, **options: Any) -> Any:
+        chosen = kept if model.functions == Functions() else function
+        return chosen(*arguments, model=model, **options)
+
+    return call
+
+
+@compiled_for_model
+def _scan(
+    x: Array, context: tuple[Array, ...], each: tuple[Any, ...], *, model: nn.Module
+) -> tuple[Array, list[Array]]:
+    """x through layers whose parameters and own arguments are stacked; and what else each gives."""
+
+    def apply(x, own):
+        params, *arguments = own
+        x, *weights = model.apply({"params": params}, x, *context, *arguments)
+        return x, weights
+
+    return jax.lax.scan(apply, x, each)
+
+
+@compiled
+def shift_right(labels: Array, bos: ArrayLike, positions: Array | None = None) -> Array:
     """The decoder's input: each sequence of `labels` offset by one position, after `bos` (§3.1).
 
     labels: [..., T] -> [..., T]; `positions` [..., T] says where sequences of a packed row start.
     """
+    assert_fits("labels", labels, (..., None))
+    labels = as_ids(labels)
     if positions is None:
         positions = jnp.arange(labels.shape[-1])
     assert_broadcasts("positions", positions, labels.shape)
-    return jnp.where(positions == 0, bos, jnp.roll(labels, 1, axis=-1))
+    starts = with_axes(positions == 0, labels.ndim)
+    return jnp.where(starts, bos, jnp.roll(labels, 1, axis=-1))

@@ -2,12 +2,15 @@
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
+from tfm.compilation import compiled
 from tfm.precision import over_rows, working_dtype
 from tfm.shapes import assert_fits
 
 
-def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float = 1e-6) -> Array:
+@compiled
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: ArrayLike = 1e-6) -> Array:
     """LN(x) = (x − μ) / √(σ² + ε) · γ + β over the features of one position (§3.1).
 
     μ and σ² are the mean and the biased variance of x's last axis; ε stands inside the root, so

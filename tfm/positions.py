@@ -1,10 +1,15 @@
 """§3.5 Positional encoding."""
 
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.export import is_symbolic_dim
+
+from tfm.compilation import compiled
+from tfm.shapes import as_ids, assert_fits
 
 SinusoidLayout = Literal["interleaved", "halves", "tensor2tensor"]
 
@@ -30,8 +35,9 @@ def sinusoidal_positions(
     addition theorem.
 
     Args:
-      positions: a length L for positions 0 … L−1, or an array [...] of integers in
-        [0, 262144); beyond that range the encoding is NaN.
+      positions: a length L for positions 0 … L−1: a Python integer, or a symbolic size of
+        `jax.export`. Or an array [...] of at least one axis, of integers in [0, 262144); beyond
+        that range the encoding is NaN.
       d_model: even.
       layout: interleaved, as the paper prints it. halves: all sines, then all cosines (Hugging
         Face's Marian). tensor2tensor: halves with the exponent k/(d_model/2 − 1) in the place of
@@ -43,35 +49,50 @@ def sinusoidal_positions(
     Raises:
       ValueError: an unknown layout; a negative length; d_model is odd, since sines and cosines
         come in pairs.
-      TypeError: positions that are not integers.
+      TypeError: positions that are not integers; an array without axes, which may be either.
     """
     if d_model < 2 or d_model % 2:
         raise ValueError(f"d_model={d_model} is odd or below 2: sines and cosines come in pairs")
     if layout not in get_args(SinusoidLayout):
         raise ValueError(f"layout={layout!r} must be one of {get_args(SinusoidLayout)}")
-    dtype = jnp.zeros((), float).dtype
-
-    def joined(sines, cosines, numpy):
-        if layout != "interleaved":
-            return numpy.concatenate([sines, cosines], axis=-1)
-        return numpy.stack([sines, cosines], axis=-1).reshape(*sines.shape[:-1], d_model)
-
     if isinstance(positions, int | np.integer):
         if positions < 0:
             raise ValueError(f"positions={positions} must be a length, or an array of positions")
         angles = _angles(np.arange(positions), d_model, layout)
-        return jnp.asarray(joined(np.sin(angles), np.cos(angles), np), dtype)
-    positions = jnp.asarray(positions)
+        return jnp.asarray(_joined(np.sin(angles), np.cos(angles), layout, np), float)
+    if is_symbolic_dim(positions):
+        positions = jnp.arange(positions)
+    assert_fits("positions", positions, (...,))
+    if positions.ndim == 0:
+        raise TypeError(
+            "positions is an array without axes: a length is a Python integer, int(length), and "
+            "one position an array of one, positions[None]"
+        )
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(f"positions must be integers, not {positions.dtype}")
-    positions = positions.astype(jnp.int32)
+    return _encode(positions, d_model, layout)
+
+
+@partial(compiled, static_argnames=("d_model", "layout"))
+def _encode(positions: Array, d_model: int, layout: SinusoidLayout) -> Array:
+    """The encoding of each of the positions [...], by the addition theorem."""
+    positions = as_ids(positions)
     coarse = _angles(np.arange(TABLE_SIZE) * TABLE_STEP, d_model, layout)
     fine = _angles(np.arange(TABLE_STEP), d_model, layout)
     high, low = positions // TABLE_STEP, positions % TABLE_STEP
     # mode='fill' answers NaN outside the table, where clipping would answer a wrong encoding.
     sin_a, cos_a = (
-        jnp.asarray(f(coarse), dtype).at[high].get(mode="fill", wrap_negative_indices=False)
+        jnp.asarray(f(coarse), float).at[high].get(mode="fill", wrap_negative_indices=False)
         for f in (np.sin, np.cos)
     )
-    sin_b, cos_b = (jnp.asarray(f(fine), dtype)[low] for f in (np.sin, np.cos))
-    return joined(sin_a * cos_b + cos_a * sin_b, cos_a * cos_b - sin_a * sin_b, jnp)
+    sin_b, cos_b = (jnp.asarray(f(fine), float)[low] for f in (np.sin, np.cos))
+    sines, cosines = sin_a * cos_b + cos_a * sin_b, cos_a * cos_b - sin_a * sin_b
+    return _joined(sines, cosines, layout, jnp)
+
+
+def _joined(sines: Array, cosines: Array, layout: SinusoidLayout, numpy: Any) -> Array:
+    """sines and cosines [..., D/2] -> [..., D]"""
+    if layout != "interleaved":
+        return numpy.concatenate([sines, cosines], axis=-1)
+    pairs = numpy.stack([sines, cosines], axis=-1)
+    return pairs.reshape(*sines.shape[:-1], 2 * sines.shape[-1])

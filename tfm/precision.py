@@ -14,13 +14,22 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from tfm.compilation import compiled
 from tfm.quantization import Quantized, quantized_linear
+from tfm.shapes import are_known
 from tfm.sharding import is_divided
 
 
 def working_dtype(*arrays: Array) -> jnp.dtype:
     """What softmax, normalisation and losses work in: f32, or the widest of the inputs."""
     return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
+
+
+def floating(*arrays: Array) -> list[Array]:
+    """Each array, integers and booleans as numbers of the working type: the rules below have a
+    tangent for each of their operands, and integers have none."""
+    dtype = working_dtype(*arrays)
+    return [x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype) for x in arrays]
 
 
 def _product(a: Array, b: Array, dimension_numbers, compute_dtype: DTypeLike) -> Array:
@@ -62,31 +71,40 @@ def _backward(compute_dtype, operands, cotangent):
 _low_precision_matmul.defvjp(_forward, _backward)
 
 
+@partial(compiled, static_argnames="compute_dtype")
 def matmul(a: Array, b: Array, compute_dtype: DTypeLike | None = None) -> Array:
     """a b over the last two axes, with equal (or broadcastable) leading axes.
 
     a: [..., L, I], b: [..., I, O] -> [..., L, O] in f32, or the wider of the inputs.
     """
+    a, b = floating(a, b)
     leading = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a = jnp.broadcast_to(a, leading + a.shape[-2:])
     b = jnp.broadcast_to(b, leading + b.shape[-2:])
     if compute_dtype is None:
-        return _batched(a, -1, b, -2, working_dtype(a, b))
+        return plain_matmul(a, b)
     return _low_precision_matmul(a, b, jnp.dtype(compute_dtype))
 
 
+def plain_matmul(a: Array, b: Array, compute_dtype: DTypeLike | None = None) -> Array:
+    """`matmul` of equal leading axes without a custom rule: rules of differentiation use it, since
+    forward mode cannot go through a custom_vjp."""
+    return _batched(a, -1, b, -2, compute_dtype or working_dtype(a, b))
+
+
+@partial(compiled, static_argnames="compute_dtype")
 def linear(x: Array, w: Array | Quantized, compute_dtype: DTypeLike | None = None) -> Array:
     """x w, one row at a time; of a `Quantized` matrix in 8 bits, whatever the compute_dtype.
 
     x: [..., I], w: [I, O] -> [..., O] in f32, or the wider of the inputs.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if isinstance(w, Quantized):
         y = quantized_linear(rows, w)
     elif compute_dtype is None:
-        y = _linear(rows, w)
+        y = _linear(*floating(rows, w))
     else:
-        y = _low_precision_linear(rows, w, jnp.dtype(compute_dtype))
+        y = _low_precision_linear(*floating(rows, w), jnp.dtype(compute_dtype))
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -111,10 +129,6 @@ def _low_precision_linear(x: Array, w: Array, compute_dtype: DTypeLike) -> Array
     return _batched(x, -1, w, -2, compute_dtype)
 
 
-def _linear_forward(x, w, compute_dtype):
-    return _low_precision_linear(x, w, compute_dtype), (x, w)
-
-
 def _linear_backward(compute_dtype, operands, cotangent):
     x, w = operands
     grad_x = _batched(cotangent, -1, w, -1, compute_dtype)
@@ -124,16 +138,19 @@ def _linear_backward(compute_dtype, operands, cotangent):
     return grad_x.astype(x.dtype), grad_w.astype(w.dtype)
 
 
-_low_precision_linear.defvjp(_linear_forward, _linear_backward)
+_low_precision_linear.defvjp(_forward, _linear_backward)
 
 
+@compiled
 def turned(x: Array) -> Array:
     """xᵀ, on a CPU written out a few rows at a time: [N, I] -> [I, N].
 
     All rows at once it would be read column by column, from another cache line each time.
     """
+    if not are_known(x) or x.size < 2**19 or is_divided():  # of rows on other devices: no loop
+        return x.T
     rows = next((n for n in range(24, 7, -1) if len(x) % n == 0), None)
-    if rows is None or x.size < 2**19 or is_divided():  # of rows on other devices there is no loop
+    if rows is None:
         return x.T
 
     def in_blocks(x):
@@ -146,18 +163,22 @@ def turned(x: Array) -> Array:
     return lax.platform_dependent(x, cpu=in_blocks, default=jnp.transpose)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def over_rows(row: Array, shape: tuple[int, ...]) -> Array:
     """`row` [D], repeated to `shape` [..., D]."""
+    return _over_rows(*floating(row), shape)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _over_rows(row: Array, shape: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(row, shape)
 
 
 # The gradient of a row is a sum over all rows. XLA for the CPU takes ten times as long for it as
 # for the product that is the transpose of this one; of eight rows, since it has no fast one of one.
-@over_rows.defjvp
+@_over_rows.defjvp
 def _over_rows_jvp(shape, primals, tangents):
     (row,), (tangent,) = primals, tangents
     first = jnp.zeros((8, math.prod(shape[:-1])), row.dtype).at[0].set(1)
     eight = jnp.pad(tangent[None], [(0, 7), (0, 0)])
     rows = _batched(first, -2, eight, -2, row.dtype)
-    return over_rows(row, shape), rows.reshape(shape).astype(row.dtype)
+    return _over_rows(row, shape), rows.reshape(shape).astype(row.dtype)

@@ -2,11 +2,18 @@
 
 from collections.abc import Sequence
 from types import EllipsisType
+from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+
+
+def is_traced(x: Any) -> bool:
+    """Whether x is a tracer, of `jax.jit`, `jax.vmap` or `jax.grad`."""
+    return isinstance(x, jax.core.Tracer)
 
 
 def assert_fits(
@@ -16,7 +23,11 @@ def assert_fits(
 
     Raises:
       AssertionError: names the argument, its shape, and the arguments it had to agree with.
+      TypeError: no array, but a list, say.
     """
+    if not hasattr(array, "shape"):
+        kind = type(array).__name__
+        raise TypeError(f"argument {name} must be an array, not a {kind}: jnp.asarray({name})")
     agreement = ", ".join(f"{other} {value.shape}" for other, value in others.items())
     message = f"argument {name} {array.shape}" + (f" does not fit {agreement}" if others else "")
     chex.assert_shape(array, tuple(expected), custom_message=message)
@@ -38,9 +49,35 @@ def assert_ids(name: str, ids: Array, size: int) -> None:
     Raises:
       ValueError: names the argument, the first id outside, and the size.
     """
-    if isinstance(ids, jax.core.Tracer):
+    if is_traced(ids):
         return
     ids = np.asarray(ids)
     outside = ids[(ids < 0) | (ids >= size)]
     if outside.size:
         raise ValueError(f"argument {name} holds {outside[0]}, outside the {size} ids [0, {size})")
+
+
+def as_ids(x: Array) -> Array:
+    """Integers of at least 32 bits: in fewer, the size of a vocabulary may not fit."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.int32))
+
+
+def are_known(*arrays: Array) -> bool:
+    """Whether all sizes are numbers: `jax.export` has symbolic ones too, which have no order."""
+    return all(isinstance(size, int) for array in arrays for size in array.shape)
+
+
+def nan_unless(condition: Array, x: Array) -> Array:
+    """x where the condition holds, else NaN: what a compiled function answers to a wrong argument.
+
+    The NaN comes from a look-up outside a table: `jax_debug_nans` would find a constant everywhere.
+    """
+    outside = jnp.where(condition, 0, 1)
+    nan = jnp.zeros(1, jnp.result_type(x)).at[outside].get(mode="fill")
+    return jnp.where(condition, x, nan)
+
+
+def with_axes(x: Array, ndim: int) -> Array:
+    """x with leading axes of 1, so that it has `ndim` of them."""
+    return lax.expand_dims(jnp.asarray(x), range(ndim - jnp.ndim(x)))

@@ -13,7 +13,6 @@ are called says how they lie (`PARAMETERS`), so the modules that own them know n
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -94,17 +93,19 @@ def constrain(x: Array, *meanings: str | None) -> Array:
     return lax.with_sharding_constraint(x, partition(x.shape, meanings, mesh))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(name: str, w: Array) -> Array:
+def _whole(name: str, w: Array) -> Array:
     used = [None if meaning == "embed" else meaning for meaning in PARAMETERS[name]]
     return constrain(w, *used)
+
+
+_gathered = jax.custom_vjp(_whole, nondiff_argnums=(0,))
 
 
 def _gathered_backward(name: str, _: None, cotangent: Array) -> tuple[Array]:
     return (constrain(cotangent, *PARAMETERS[name]),)
 
 
-_gathered.defvjp(lambda name, w: (_gathered(name, w), None), _gathered_backward)
+_gathered.defvjp(lambda name, w: (_whole(name, w), None), _gathered_backward)
 
 
 def at_use(name: str, w: Array) -> Array:

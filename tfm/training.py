@@ -1,7 +1,7 @@
 """§5.3 Optimizer and schedule; the training step, a pure function of state and batch."""
 
-import functools
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import chex
@@ -9,17 +9,23 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
+from jax.typing import ArrayLike
 
 from tfm.clipping import global_norm
+from tfm.compilation import compiled
 from tfm.config import TransformerConfig
-from tfm.loss import SmoothedOver, label_smoothed_cross_entropy
-from tfm.model import Transformer, shift_right
-from tfm.shapes import assert_ids
+from tfm.loss import SmoothedOver, assert_smoothing, label_smoothed_cross_entropy
+from tfm.model import Transformer, compiled_for_model, one_sequence, shift_right
+from tfm.shapes import assert_fits, assert_ids
 from tfm.sharding import constrain
 
 Batch = dict[str, Array]
-"""int32 arrays [R, L]: source, target (labels), and their _segment_ids and _positions."""
+"""Integer arrays [R, L]: source, target (labels); where a row holds several sequences, also their
+_segment_ids (numbered from 1 in each row, 0 is padding), and _positions (from 0 in each)."""
+
+_SIDES = ("source", "target")
+_PARTS = ("", "_segment_ids", "_positions")
 
 
 @flax.struct.dataclass
@@ -69,10 +75,10 @@ def init_params(model: Transformer, key: Array) -> chex.ArrayTree:
     return model.init(key, tokens, tokens)["params"]
 
 
-@functools.cache
+@cache
 def param_shapes(config: TransformerConfig) -> chex.ArrayTree:
     """Shapes and types of a model's parameters; nothing is computed."""
-    init = functools.partial(init_params, Transformer(config))
+    init = partial(init_params, Transformer(config))
     return jax.eval_shape(init, jax.random.PRNGKey(0))
 
 
@@ -85,36 +91,91 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), dropout_key)
 
 
+def complete(batch: Batch) -> Batch:
+    """The batch with what it lacks: segment ids are 1 where there is a token and 0 where that is 0,
+    as of one sequence a row, whose positions count from its first place on; where segment ids are
+    given, positions count from the start of each segment.
+
+    Raises:
+      ValueError: source or target is missing, or there is something else in it.
+    """
+    known = {f"{side}{part}" for part in _PARTS for side in _SIDES}
+    if missing := set(_SIDES) - batch.keys():
+        raise ValueError(f"the batch has no {', '.join(sorted(missing))}; it has {sorted(batch)}")
+    if unknown := batch.keys() - known:
+        raise ValueError(
+            f"the batch has {sorted(unknown)}, of which nothing is known: {sorted(known)}"
+        )
+    for side in _SIDES:
+        tokens = batch[side]
+        assert_fits(f"batch[{side!r}]", tokens, (None, None))
+        segments, positions = (f"{side}{part}" for part in _PARTS[1:])
+        for name in {segments, positions} & batch.keys():
+            assert_fits(f"batch[{name!r}]", batch[name], tokens.shape, **{side: tokens})
+        if positions not in batch:
+            counted = _positions_of(batch.get(segments, jnp.ones_like(tokens)))
+            batch = batch | {positions: counted}
+        if segments not in batch:
+            batch = batch | {segments: one_sequence(tokens)}
+    return batch
+
+
+def _positions_of(segments: Array) -> Array:
+    """Where each element is in its own segment: [R, L] -> the same."""
+    place = jnp.arange(segments.shape[-1], dtype=jnp.int32)[None]
+    starts = jnp.where(segments != jnp.roll(segments, 1, axis=-1), place, 0)
+    return place - lax.cummax(starts, axis=1)
+
+
+def _assert_tokens(model: Transformer, batch: Batch) -> None:
+    """ValueError for concrete tokens outside the vocabulary."""
+    c = model.config
+    assert_ids("batch['source']", batch["source"], c.source_vocab_size or c.vocab_size)
+    assert_ids("batch['target']", batch["target"], c.vocab_size)
+
+
 def summed_loss(
     model: Transformer,
     params: chex.ArrayTree,
     batch: Batch,
     bos: int,
-    smoothing: float,
+    smoothing: ArrayLike,
     dropout_key: Array | None = None,
     tokens_at_once: int | None = None,
     smoothed_over: SmoothedOver = "all",
 ) -> tuple[Array, Array]:
-    """The loss summed over the target tokens of a packed batch, and their number.
+    """The loss summed over the target tokens of a batch, and their number.
 
     Sums, not means, so that micro-batches of unequal token counts add up to the large batch.
 
     Args:
+      batch: see `Batch`; what it lacks but for the tokens is filled in (`complete`).
       tokens_at_once: of how many tokens the logits are held at a time, [tokens_at_once, V] in the
         place of [R·L, V]; the backward pass then computes them anew. None: of all.
       smoothed_over: the words that share ε, see `tfm.label_smoothed_cross_entropy`.
 
     Raises:
-      ValueError: tokens_at_once below 1.
+      ValueError: tokens_at_once below 1, a smoothing outside [0, 1], a batch without tokens or with
+        something else, or bos or a token outside the vocabulary.
     """
+    assert_smoothing(smoothing)
     if tokens_at_once is not None and tokens_at_once < 1:
         raise ValueError(f"tokens_at_once={tokens_at_once} must be at least 1")
+    batch = complete(batch)
+    _assert_tokens(model, batch)
+    assert_ids("bos", bos, model.config.vocab_size)
+    return _summed_loss(
+        params, batch, bos, smoothing, dropout_key,
+        model=model, tokens_at_once=tokens_at_once, smoothed_over=smoothed_over,
+    )  # fmt: skip
+
+
+@compiled_for_model
+def _summed_loss(
+    params, batch, bos, smoothing, dropout_key, *, model, tokens_at_once, smoothed_over
+):
     target_input = shift_right(batch["target"], bos, batch["target_positions"])
-    context = {
-        name: batch[name]
-        for side in ("source", "target")
-        for name in (f"{side}_segment_ids", f"{side}_positions")
-    }
+    context = {name: value for name, value in batch.items() if name not in _SIDES}
     variables = {"params": params}
     y = model.apply(
         variables, batch["source"], target_input, dropout_key=dropout_key, return_features=True,
@@ -143,7 +204,7 @@ def _in_chunks(function: Callable[..., Array], size: int, y: Array, labels: Arra
         for x in flat
     ]
     # Without the checkpoint the scan would keep each chunk's logits for the backward pass.
-    values = jax.lax.map(lambda chunk: jax.checkpoint(function)(*chunk), tuple(chunks))
+    values = lax.map(lambda chunk: jax.checkpoint(function)(*chunk), tuple(chunks))
     return values.reshape(-1)[: labels.size].reshape(labels.shape)
 
 
@@ -170,7 +231,7 @@ def _sum_gradients(
 
     shapes = jax.eval_shape(of, 0, jax.tree.map(lambda x: x[0], micro_batches))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, (jnp.arange(parts), micro_batches))[0]
+    return lax.scan(add, zeros, (jnp.arange(parts), micro_batches))[0]
 
 
 def make_train_step(
@@ -183,7 +244,8 @@ def make_train_step(
     accumulation: int = 1,
     tokens_at_once: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The pure function (state, batch) -> (state, metrics); jit it with `donate_argnums=0`.
+    """The pure function (state, batch) -> (state, metrics). It is compiled; in a loop give the old
+    state's memory to the new one: `jax.jit(step, donate_argnums=0)`.
 
     The batch's rows are cut into `accumulation` micro-batches, one after another in memory's sake.
     Their gradients are summed over tokens, divided by the batch's tokens and clipped once: the
@@ -195,16 +257,23 @@ def make_train_step(
     that overflows from a gradient that does.
 
     Raises:
-      ValueError: bos is outside the vocabulary; from the step, when traced: accumulation does not
-        divide the batch's rows.
+      ValueError: bos is outside the vocabulary, smoothing outside [0, 1]; from the step:
+        accumulation does not divide the batch's rows, or as `summed_loss`.
     """
     assert_ids("bos", bos, model.config.vocab_size)
+    assert_smoothing(smoothing)
 
     def gradient(params: chex.ArrayTree, batch: Batch, key: Array):
         of = jax.value_and_grad(summed_loss, argnums=1, has_aux=True)
         return of(model, params, batch, bos, smoothing, key, tokens_at_once, smoothed_over)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        batch = complete(batch)
+        _assert_tokens(model, batch)
+        return update(state, batch)
+
+    @compiled
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
         (loss, tokens), grads = _sum_gradients(gradient, state.params, batch, key, accumulation)
         count = jnp.maximum(tokens, 1)
@@ -215,7 +284,7 @@ def make_train_step(
             "loss": loss / count,
             "tokens": tokens,
             # Segments number from 1 in each row, so the largest number is the count.
-            "sequences": batch["target_segment_ids"].max(-1).sum(),
+            "sequences": batch["target_segment_ids"].max(-1, initial=0).sum(),
             "gradient_norm": global_norm(grads),
             "largest_gradient": jnp.stack([jnp.abs(g).max() for g in jax.tree.leaves(grads)]).max(),
         }
@@ -235,7 +304,9 @@ def skip_nonfinite(train_step: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         updated, metrics = train_step(state, batch)
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, state)
-        return kept, metrics | {"skipped": ~sound}
+        # The key is the same in both; a choice between the two would count as a use of it.
+        both = updated.replace(key=None), state.replace(key=None)
+        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), *both)
+        return kept.replace(key=state.key), metrics | {"skipped": ~sound}
 
     return guarded

@@ -1,6 +1,7 @@
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -203,9 +204,10 @@ def test_attention_refuses_a_mask_that_is_not_boolean(rng):
 
 # The ways to compute it
 
-MASK_SHAPES = [(), (5,), (4, 5), (2, 1, 1, 5), (2, 1, 4, 5), (3, 1, 1), (2, 3, 4, 5)]
+MASK_SHAPES = [(), (5,), (4, 5), (2, 1, 1, 5), (2, 1, 4, 5), (1, 3, 1, 1), (2, 3, 4, 5)]
 
 
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize("shape", [None, *MASK_SHAPES])
 @pytest.mark.parametrize("chunk", [1, 45, 10**6])  # one head at a time, two, and all
 def test_chunks_give_what_the_reference_gives(rng, x64, monkeypatch, shape, chunk):
@@ -254,6 +256,7 @@ def lowered_for_cuda(monkeypatch, function, *shapes):
 FITTING = (2, 3, 4, 8)
 
 
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize("leading", [(2, 3), (3,), (), (2, 2, 3)])
 def test_a_gpu_computes_attention_with_cudnn(monkeypatch, leading):
     def total(*inputs):
@@ -268,6 +271,7 @@ def test_a_gpu_computes_attention_with_cudnn(monkeypatch, leading):
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in program
 
 
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize(
     ("query", "key", "value", "compute_dtype"),
     [
@@ -409,3 +413,115 @@ def test_multi_head_attention_refuses_heads_that_do_not_divide_d_model(rng):
     inputs = map(jnp.asarray, multi_head_inputs(rng))
     words = ["num_heads=4", "d_model=6"]
     assert_refuses(multi_head_attention, *inputs, 4, words=words, error=ValueError)
+
+
+# What has no number, no size or no value yet
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "chunked"])
+@pytest.mark.parametrize(("rows", "length", "keys"), [(2, 3, 0), (2, 0, 3), (0, 3, 3), (0, 0, 0)])
+def test_empty_axes_give_zeros_or_nothing(implementation, rows, length, keys):
+    shapes = [(rows, 2, length, 4), (rows, 2, keys, 4), (rows, 2, keys, 5)]
+    arguments = [jnp.ones(shape) for shape in shapes]
+    function = partial(scaled_dot_product_attention, implementation=implementation)
+    total = lambda *arguments: function(*arguments).sum()  # noqa: E731
+    for mask in (None, jnp.ones((length, keys), bool)):
+        assert function(*arguments, mask).shape == (rows, 2, length, 5)
+        assert not function(*arguments, mask).any()
+        gradients = jax.grad(total, argnums=(0, 1, 2))(*arguments, mask)
+        assert [g.shape for g in gradients] == shapes
+        assert not any(g.any() for g in gradients)
+    assert attention_weights(*arguments[:2]).shape == (rows, 2, length, keys)
+
+
+def test_multi_head_attention_of_no_keys(rng):
+    x, *weights = (jnp.asarray(rng.standard_normal(s)) for s in [(2, 3, 6)] + [(6, 6)] * 4)
+    assert not multi_head_attention(x, x[:, :0], *weights, num_heads=2).any()
+    assert multi_head_attention(x[:0], x[:0], *weights, num_heads=2).shape == (0, 3, 6)
+
+
+def test_a_mask_of_the_examples_is_not_taken_for_one_of_the_heads(rng):
+    # Three examples, three heads: [3, 4, 5] might be either.
+    arguments = queries_keys_values(rng, leading=(3, 3))
+    mask = random_mask(rng, 3, 4, 5)
+    words = ["mask", "(3, 4, 5)", "(3, 3, 4, 5)", "mask[:, None]", "mask[None]"]
+    for function in (scaled_dot_product_attention, attention_weights):
+        arguments = arguments[: 3 if function is scaled_dot_product_attention else 2]
+        assert_refuses(lambda mask: function(*arguments, mask=mask), mask, words=words)  # noqa: B023
+
+
+@pytest.mark.parametrize("kind", [np.int32, bool])
+def test_integers_and_booleans_are_numbers_and_the_others_have_gradients(rng, kind):
+    x = jnp.asarray(rng.integers(0, 2, (2, 3, 6)).astype(kind))
+    weights = [jnp.float32(rng.standard_normal((6, 6))) for _ in range(4)]
+
+    def total(*weights, x=x):
+        return jnp.sin(multi_head_attention(x, x, *weights, num_heads=2)).sum()
+
+    gradients = jax.grad(total, argnums=(0, 1, 2, 3))(*weights)
+    as_floats = partial(total, x=jnp.float32(x))
+    expected = jax.grad(as_floats, argnums=(0, 1, 2, 3))(*weights)
+    jax.tree.map(partial(assert_close, tolerance=1e-6), gradients, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_an_integer_operand_of_attention_leaves_the_others_their_gradients(rng, implementation):
+    query, key, value = map(jnp.float32, queries_keys_values(rng))
+    whole = jnp.round(3 * key).astype(int)
+
+    def total(query, value, key):
+        found = scaled_dot_product_attention(query, key, value, implementation=implementation)
+        return jnp.sin(found).sum()
+
+    gradients = jax.grad(total, argnums=(0, 1))(query, value, whole)
+    expected = jax.grad(total, argnums=(0, 1))(query, value, jnp.float32(whole))
+    jax.tree.map(partial(assert_close, tolerance=1e-6), gradients, expected)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "chunked"])
+def test_a_symbolic_size_takes_the_formula(rng, implementation):
+    symbols = jax.export.symbolic_shape("b, l, k")
+
+    def function(query, key, value):
+        mask = causal_mask(key.shape[-2])[:1]  # [1, K]
+        how = {"implementation": implementation, "compute_dtype": jnp.bfloat16}
+        return scaled_dot_product_attention(query, key, value, mask, **how)
+
+    b, length, keys = symbols
+    shapes = [(b, 2, n, 8) for n in (length, keys, keys)]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    exported = jax.export.export(jax.jit(function))(*arguments)
+    arguments = [jnp.float32(x) for x in queries_keys_values(rng, leading=(3, 2))]
+    assert_close(exported.call(*arguments), function(*arguments), 1e-2)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_forward_over_reverse(rng, compute_dtype, implementation):
+    x, direction = jnp.float32(rng.standard_normal((2, 2, 3, 6)))
+    weights = [jnp.float32(rng.standard_normal((6, 6))) for _ in range(4)]
+
+    def total(x):
+        how = {"compute_dtype": compute_dtype, "implementation": implementation}
+        mask = jnp.array([[True] * 3, [True, False, True], [False] * 3])  # the last sees nothing
+        return jnp.sin(multi_head_attention(x, x, *weights, num_heads=2, mask=mask, **how)).sum()
+
+    gradient = jax.grad(total)
+    _, product = jax.jvp(gradient, (x,), (direction,))
+    # Reverse over reverse gives the same product of the Hessian.
+    expected = jax.grad(lambda x: jnp.vdot(gradient(x), direction))(x)
+    assert relative_error(product, expected) < (1e-5 if compute_dtype is None else 0.05)
+
+
+def test_16_bit_inputs_have_gradients_of_their_own_type(rng):
+    arguments = [jnp.asarray(x, jnp.bfloat16) for x in queries_keys_values(rng)]
+    for implementation in ("reference", "chunked"):
+        attend = partial(scaled_dot_product_attention, implementation=implementation)
+        gradients = jax.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2))(*arguments)  # noqa: B023
+        assert {g.dtype for g in gradients} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_lists_are_refused_by_name(rng):
+    query, key, _ = queries_keys_values(rng)
+    words = ["key", "list", "jnp.asarray(key)"]
+    assert_refuses(attention_weights, query, key.tolist(), words=words, error=TypeError)

@@ -492,6 +492,9 @@ def test_the_hash_of_a_state_tells_every_part_of_it():
     hashes = [state_sha256(state, {"next": 1}), state_sha256(state, {"next": 2})]
     hashes += [state_sha256(changed_state, {"next": 1}) for changed_state in changed.values()]
     assert len(set(hashes)) == len(hashes) == 8
+    for key in (1, 2):  # typed keys, with which training goes on as with raw ones
+        typed, raw = (state.replace(key=make(key)) for make in (jax.random.key, jax.random.PRNGKey))
+        assert state_sha256(typed, {"next": 1}) == state_sha256(raw, {"next": 1})
     assert state_sha256(jax.device_get(some_state(1)), {"next": 1}) == hashes[0]
 
 

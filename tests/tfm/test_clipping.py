@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 import references
-from checks import assert_close, assert_gradients_right
+from checks import assert_close, assert_gradients_right, assert_refuses
 
 from tfm import clip_by_global_norm, global_norm
 
@@ -59,6 +59,7 @@ def test_clipping_equals_that_of_optax(rng, size):
     assert_trees_close(clip(tree, 1.0), clip_by_optax(tree))
 
 
+@pytest.mark.gives_nan
 @pytest.mark.parametrize("broken", [np.inf, np.nan])
 def test_a_broken_element_does_the_same_as_in_optax(rng, broken):
     # A NaN makes the whole tree NaN: no part of such a gradient may pass as if it were sound.
@@ -116,3 +117,23 @@ def test_clipping_under_jit_and_vmap(rng):
     )
     assert_trees_close(jax.vmap(clip, in_axes=(0, None))(stacked, 1.0), expected)
     assert_trees_close(clip(trees[2], 1.0), clipped[2])
+
+
+@pytest.mark.gives_nan
+@pytest.mark.parametrize("number", [float, np.float32, np.array, jnp.float32])
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, np.nan])
+def test_a_threshold_that_is_not_positive_is_refused_whatever_its_type(rng, number, threshold):
+    words = ["threshold", str(threshold)]
+    arguments = gradients(rng), number(threshold)
+    assert_refuses(clip_by_global_norm, *arguments, words=words, error=ValueError)
+
+
+@pytest.mark.gives_nan
+def test_a_traced_threshold_that_is_not_positive_gives_nan(rng):
+    assert np.isnan(flat(clip(gradients(rng), -1.0))).all()
+
+
+def test_numbers_are_leaves():
+    clipped = clip_by_global_norm({"a": 3.0, "b": np.array([0.0, 4.0])}, 2.5)
+    assert_trees_close(clipped, {"a": jnp.float32(1.5), "b": jnp.array([0.0, 2.0])})
+    assert float(global_norm({"a": 3.0, "b": 4.0})) == 5

@@ -1,13 +1,17 @@
+import gc
 import itertools
 import math
+import weakref
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import assert_close, assert_refuses
 
+import tfm
 from tfm import Transformer, TransformerConfig, beam_search, greedy, sample, start_decoding
 from tfm.decoding import filter_logits, length_penalty
 from tfm.training import param_shapes
@@ -210,7 +214,8 @@ def test_scores_of_a_beam_are_the_uncached_models():
         sources = jnp.repeat(SOURCE[:, None], 4, axis=1)
         logits = model.apply({"params": params}, sources, inputs, **segments)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
-        return jnp.where(jnp.arange(6) < found.lengths[..., None], chosen, 0).sum(-1)
+        is_real = jnp.indices(chosen.shape)[-1] < found.lengths[..., None]
+        return jnp.where(is_real, chosen, 0).sum(-1)
 
     assert_close(found.log_probs, log_probs(params, found.tokens), 1e-4)
     assert len({tuple(tokens) for tokens in np.asarray(found.tokens[0])}) == 4
@@ -254,7 +259,7 @@ def ending_at(ends, steps_taken):
     def step(tokens, index, cache):
         jax.debug.callback(lambda index: steps_taken.append(int(index)), index)
         wanted = jnp.where(index == jnp.array(ends), EOS, 3 + index % 2)  # [B]
-        logits = -100.0 * (jnp.arange(6) != wanted[:, None])
+        logits = -100.0 * (jnp.arange(6)[None] != wanted[:, None])
         return jnp.broadcast_to(logits[:, None], (*tokens.shape, 6)), cache
 
     return step
@@ -399,6 +404,7 @@ def test_a_start_symbol_outside_the_vocabulary_is_refused(search):
         search(history_step, start_states(2, 1), bos=VOCABULARY, eos=EOS, max_length=3)
 
 
+@pytest.mark.gives_nan
 def test_beyond_the_cache_there_is_no_number():
     @jax.jit
     def logits_at(params, index):
@@ -407,3 +413,132 @@ def test_beyond_the_cache_there_is_no_number():
 
     assert np.isfinite(logits_at(parameters(PAPER), 5)).all()
     assert np.isnan(logits_at(parameters(PAPER), 6)).all()
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_of_no_sources_there_are_no_hypotheses(search):
+    decoded = decode(search, parameters(PAPER), 2, source=SOURCE[:0])
+    assert decoded.tokens.shape == (0, 2, 6)
+    assert decoded.scores.shape == (0, 2)
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_a_source_of_no_tokens_is_decoded(search):
+    decoded = decode(search, parameters(PAPER), 2, source=SOURCE[:, :0])
+    assert np.isfinite(decoded.scores).all()
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_a_start_symbol_may_be_traced_or_differ_between_sources(search):
+    params = parameters(PAPER)
+
+    @jax.jit
+    def decode_from(bos):
+        step, cache = start_decoding(Transformer(PAPER), params, SOURCE, 2, 6)
+        return search(step, cache, bos=bos, eos=EOS, max_length=6)
+
+    step, cache = start_decoding(Transformer(PAPER), params, SOURCE, 2, 6)
+    of_each = [search(step, cache, bos=bos, eos=EOS, max_length=6) for bos in (BOS, 4)]
+    for bos, expected in zip((BOS, 4), of_each, strict=True):
+        np.testing.assert_array_equal(decode_from(bos).tokens, expected.tokens)
+    mixed = search(step, cache, bos=np.array([[BOS], [4], [BOS]]), eos=EOS, max_length=6)
+    for row, expected in enumerate((of_each[0], of_each[1], of_each[0])):
+        np.testing.assert_array_equal(mixed.tokens[row], expected.tokens[row])
+
+
+def test_a_step_may_hold_what_is_no_array():
+    def shifted(by, tokens, index, cache):
+        return jnp.roll(history_step(tokens, index, cache)[0], int(by), -1), cache
+
+    found = greedy(
+        jax.tree_util.Partial(shifted, 1), start_states(2, 1), bos=BOS, eos=EOS, max_length=3
+    )
+    assert found.tokens.shape == (2, 1, 3)
+
+
+def test_no_room_is_refused():
+    search = partial(greedy, history_step, start_states(2, 1), bos=BOS, eos=EOS)
+    assert_refuses(lambda: search(max_length=0), words=["max_length=0"], error=ValueError)
+
+
+def test_hypotheses_beyond_all_that_there_are_do_not_exist():
+    space = list(all_sequences(2))
+    found = search_histories(len(space) + 3, 2, 0.6)
+    assert found.exists.sum(-1).tolist() == [len(space)] * 2
+    assert found.exists[:, : len(space)].all()
+
+
+@pytest.mark.gives_nan
+def test_before_the_cache_there_is_no_number():
+    step, cache = start_decoding(Transformer(PAPER), parameters(PAPER), SOURCE, 2, max_length=6)
+    assert np.isnan(step(jnp.ones((3, 2), jnp.int32), -1, cache)[0]).all()
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_a_step_that_is_a_pytree_finds_what_its_function_finds(search):
+    params = parameters(PAPER)
+    step, cache = start_decoding(Transformer(PAPER), params, SOURCE, 2, 6)
+    as_pytree = search(step, cache, bos=BOS, eos=EOS, max_length=6)
+    as_function = search(lambda *x: step(*x), cache, bos=BOS, eos=EOS, max_length=6)
+    jax.tree.map(partial(assert_close, tolerance=1e-5), as_pytree, as_function)
+
+
+def test_ids_that_can_be_seen_are_refused():
+    model, params = Transformer(PAPER), parameters(PAPER)
+    words = ["source", "7", "[0, 7)"]
+    start = partial(start_decoding, model, params)
+    assert_refuses(start, SOURCE.at[0, 0].set(7), 2, 6, words=words, error=ValueError)
+    step, cache = start(SOURCE, 2, 6)
+    words = ["tokens", "-1", "[0, 7)"]
+    assert_refuses(step, jnp.full((3, 2), -1), 0, cache, words=words, error=ValueError)
+
+
+def test_decoding_exported_with_symbolic_sizes_is_decoding():
+    model, params = Transformer(PAPER), parameters(PAPER)
+
+    @jax.jit
+    def search(params, source):
+        step, cache = start_decoding(model, params, source, 3, 6)
+        return beam_search(step, cache, bos=BOS, eos=EOS, max_length=6)[0]
+
+    source = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, s"), jnp.int32)
+    exported = jax.export.export(search)(params, source)
+    for rows in (1, 3):
+        np.testing.assert_array_equal(
+            exported.call(params, SOURCE[:rows]), search(params, SOURCE[:rows])
+        )
+
+
+def test_a_traced_p_of_0_leaves_the_likeliest(rng):
+    logits = jnp.float32(rng.standard_normal((5, 8)))
+    kept = jax.jit(lambda p: filter_logits(logits, top_p=p))(0.0)
+    np.testing.assert_array_equal(jnp.isfinite(kept).sum(-1), np.ones(5))
+    np.testing.assert_array_equal(kept.argmax(-1), logits.argmax(-1))
+
+
+def test_a_step_may_be_compiled_and_a_number_be_an_array():
+    step, cache = start_decoding(Transformer(PAPER), parameters(PAPER), SOURCE, 1, 6)
+    tokens = jnp.ones((3, 1), jnp.int32)
+    assert_close(jax.jit(step)(tokens, 0, cache)[0], step(tokens, 0, cache)[0], 1e-5)
+    plain, arrays = (
+        greedy(step, cache, bos=kind(BOS), eos=kind(EOS), max_length=kind(6)).tokens
+        for kind in (int, jnp.int32)
+    )
+    np.testing.assert_array_equal(plain, arrays)
+
+
+def test_a_model_with_functions_made_anew_is_not_kept():
+    params, held = parameters(PAPER), []
+    for _ in range(2):
+
+        def same(x, scale, bias, epsilon):
+            return tfm.layer_norm(x, scale, bias, epsilon)
+
+        held.append(weakref.ref(same))
+        model = Transformer(PAPER, tfm.Functions(layer_norm=same))
+        step, cache = start_decoding(model, params, SOURCE, 1, 6)
+        greedy(step, cache, bos=BOS, eos=EOS, max_length=6)
+        tfm.summed_loss(model, params, {"source": SOURCE, "target": SOURCE}, BOS, 0.1)
+        del same, model, step
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]

@@ -6,7 +6,7 @@ from checks import assert_close, assert_gradients_right, assert_refuses
 
 from tfm import dropout
 
-KEY = jax.random.key(0)
+KEY = jax.random.PRNGKey(0)  # a raw one, which several calls may use
 
 # One compilation serves all tests with the same shapes; an eager call compiles each operation.
 drop = jax.jit(dropout, static_argnames="rate")
@@ -58,6 +58,7 @@ def test_the_mask_does_not_depend_on_the_values(rng):
     assert_close(drop(KEY, x, 0.5), x * np.asarray(drop(KEY, np.ones(1000), 0.5)), 1e-6)
 
 
+@pytest.mark.gives_nan
 def test_what_is_dropped_does_not_leak_even_if_it_is_not_finite():
     dropped = np.asarray(drop(KEY, np.ones(1000), 0.5)) == 0
     assert np.isfinite(drop(KEY, np.where(dropped, np.nan, 1.0), 0.5)).all()
@@ -84,3 +85,22 @@ def test_the_dtype_stays(x64, dtype):
 def test_a_rate_outside_zero_to_one_is_refused(rate):
     words = ["rate", str(rate)]
     assert_refuses(dropout, KEY, jnp.ones(3), rate, words=words, error=ValueError)
+
+
+def test_a_traced_rate_drops_as_the_number_does(rng):
+    x = jnp.float32(rng.standard_normal(1000))
+    traced = jax.jit(dropout)
+    for rate in (0.0, 0.1, 0.5, 0.999):
+        assert_close(traced(KEY, x, rate), dropout(KEY, x, rate), 1e-6)
+
+
+@pytest.mark.gives_nan
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, np.nan])
+def test_a_traced_rate_outside_zero_to_one_gives_nan(rate):
+    assert np.isnan(jax.jit(dropout)(KEY, jnp.ones(9), rate)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, int, bool])
+def test_integers_are_numbers(dtype):
+    expected = dropout(KEY, jnp.ones(1000), 0.1)
+    assert_close(dropout(KEY, np.ones(1000, dtype), 0.1), expected, 0)

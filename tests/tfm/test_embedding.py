@@ -68,6 +68,7 @@ def test_embed_under_jit_vmap_and_in_each_precision(rng):
     assert_default_precision(lambda table: embed(jnp.asarray(IDS), table), table)
 
 
+@pytest.mark.gives_nan
 def test_an_id_outside_the_table_gives_nan_and_no_other_row():
     embedded = jax.jit(embed)(jnp.array([-1, 0, 5]), jnp.ones((5, 6)))
     assert np.isnan(embedded).all(-1).tolist() == [True, False, True]
@@ -124,3 +125,53 @@ def test_output_distribution_under_jit_vmap_and_in_each_precision(rng):
 )
 def test_output_distribution_refuses_shapes_that_do_not_fit(y, w, b, words):
     assert_refuses(output_distribution, *map(jnp.zeros, (y, w, b)), words=words)
+
+
+# What both have in common
+
+
+@pytest.mark.gives_nan
+def test_an_id_outside_the_table_leaves_no_gradient():
+    ids = jnp.array([-1, 0, 5, 0])
+
+    @jax.jit
+    def total(table, ids):
+        rows = embed(ids, table)
+        return jnp.where(jnp.isnan(rows), 0, rows).sum()
+
+    gradient = jax.grad(total)(jnp.ones((5, 4)), ids)
+    assert gradient.tolist() == [[4.0] * 4] + [[0.0] * 4] * 4  # 2 · √4
+
+
+def test_of_no_ids_there_are_no_rows_and_no_gradient():
+    for shape in ((0,), (0, 3), (2, 0)):
+        ids = jnp.zeros(shape, int)
+        assert embed(ids, jnp.ones((5, 4))).shape == (*shape, 4)
+        gradient = jax.grad(lambda table, ids=ids: embed(ids, table).sum())(jnp.ones((5, 4)))
+        assert not gradient.any()
+    assert output_distribution(jnp.ones((0, 4)), jnp.ones((4, 5)), jnp.ones(5)).shape == (0, 5)
+
+
+def test_integers_are_numbers_and_the_weights_have_gradients(rng):
+    y, w, b = output_inputs(rng)
+    whole = jnp.round(3 * jnp.asarray(y)).astype(int)
+    total = lambda w, y: jnp.sin(output_distribution(y, w, b)).sum()  # noqa: E731
+    gradients = [jax.grad(total)(jnp.float32(w), y) for y in (whole, jnp.float32(whole))]
+    assert_close(*gradients, 1e-6)
+
+
+def test_lists_are_refused_by_name():
+    for arguments, name in [(([0, 1], jnp.ones((5, 4))), "ids"), ((IDS, [[1.0]]), "table")]:
+        assert_refuses(embed, *arguments, words=[name, "list"], error=TypeError)
+
+
+@pytest.mark.filterwarnings("error")
+def test_ids_of_numpy_do_not_warn():
+    """Their 64 bits, JAX has not."""
+    ids, table = np.array([1, 2]), jnp.ones((5, 4))
+    assert (embed(ids, table) == jax.jit(lambda table: embed(ids, table))(table)).all()
+
+
+def test_narrow_ids_reach_large_tables():
+    table = jnp.arange(40_000.0)[:, None] * jnp.ones((1, 4))
+    assert embed(np.array([7, 200], np.uint8), table)[:, 0].tolist() == [14.0, 400.0]

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,9 +51,9 @@ def test_dropout_acts_on_the_hidden_features(rng):
     x, w1, b1, w2, b2 = inputs(rng, leading=(64,), d_ff=512)
     key = jax.random.key(0)
     rate = 0.25
-    hidden = dropout(key, jnp.maximum(jnp.dot(x, w1, precision="highest") + b1, 0), rate)
+    hidden = dropout(key, jnp.maximum(jnp.dot(x, w1, precision="highest") + b1[None], 0), rate)
     expected = np.asarray(hidden) @ w2 + b2
-    dropped = feed_forward(x, w1, b1, w2, b2, dropout_key=key, dropout_rate=rate)
+    dropped = feed_forward(x, w1, b1, w2, b2, dropout_key=jax.random.clone(key), dropout_rate=rate)
     assert_close(dropped, expected, 1e-4)
     assert not np.allclose(dropped, feed_forward(x, w1, b1, w2, b2), atol=0.1)
 
@@ -98,3 +100,49 @@ def test_feed_forward_refuses_shapes_that_do_not_fit(rng, position, shape, words
     arguments = [jnp.asarray(x) for x in inputs(rng)]
     arguments[position] = jnp.zeros(shape)
     assert_refuses(feed_forward, *arguments, words=words)
+
+
+def test_integers_are_numbers_and_the_weights_have_gradients(rng):
+    x, *weights = inputs(rng)
+    whole, weights = jnp.round(3 * x).astype(int), [jnp.float32(w) for w in weights]
+    w1, b1, w2, b2 = weights
+    b1 = jnp.round(3 * b1).astype(int)
+    total = lambda x, w1, b1, w2, b2: jnp.sin(feed_forward(x, w1, b1, w2, b2)).sum()  # noqa: E731
+    for argument in (1, 3, 4):
+        gradients = [
+            jax.grad(total, argnums=argument)(kind(whole), w1, kind(b1), w2, b2)
+            for kind in (jnp.asarray, jnp.float32)
+        ]
+        assert_close(*gradients, 1e-6)
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)])
+def test_of_no_positions_there_is_nothing(rng, leading):
+    x, *weights = map(jnp.asarray, inputs(rng, leading=leading))
+    assert feed_forward(x, *weights).shape == (*leading, 4)
+    gradients = jax.grad(lambda *w: feed_forward(x, *w).sum(), argnums=(0, 1, 2, 3))(*weights)
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, jnp.bfloat16])
+def test_forward_over_reverse(rng, compute_dtype):
+    arguments = [jnp.float32(x) for x in inputs(rng)]
+    directions = tuple(jnp.float32(x) for x in inputs(rng))
+
+    def total(*arguments):
+        return jnp.sin(feed_forward(*arguments, compute_dtype=compute_dtype)).sum()
+
+    gradient = jax.grad(total, argnums=tuple(range(5)))
+    _, products = jax.jvp(gradient, tuple(arguments), directions)
+
+    def along(*arguments):
+        return sum(map(jnp.vdot, gradient(*arguments), directions))
+
+    expected = jax.grad(along, argnums=tuple(range(5)))(*arguments)
+    for one, other in zip(products, expected, strict=True):
+        assert relative_error(one, other) < (1e-5 if compute_dtype is None else 0.05)
+
+
+def test_a_rate_outside_zero_to_one_is_refused(rng):
+    call = partial(feed_forward, *inputs(rng), dropout_key=jax.random.key(0))
+    assert_refuses(lambda: call(dropout_rate=1.5), words=["rate", "1.5"], error=ValueError)

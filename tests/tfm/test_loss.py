@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,13 @@ def test_large_logits_do_not_overflow():
     assert loss_of(logits, np.array([0, 1]), smoothing=0.0).tolist() == [0.0, 1e4]
 
 
+def test_more_words_than_logits_are_refused():
+    loss = partial(label_smoothed_cross_entropy, vocab_size=8)
+    words = ["vocab_size=8", "5"]
+    assert_refuses(loss, jnp.zeros((3, 5)), jnp.array([4, 5, 6]), words=words, error=ValueError)
+
+
+@pytest.mark.gives_nan
 def test_a_label_outside_the_vocabulary_gives_nan_or_is_refused():
     assert np.isnan(loss_of(np.zeros(3), 3))
     words = ["labels", "3", "[0, 3)"]
@@ -119,3 +127,88 @@ def test_loss_refuses_what_does_not_fit():
         words = ["smoothing", str(smoothing)]
         arguments = (jnp.zeros((3, 5)), labels, smoothing)
         assert_refuses(label_smoothed_cross_entropy, *arguments, words=words, error=ValueError)
+
+
+@pytest.mark.gives_nan
+@pytest.mark.parametrize("label", [-100, -1, 7])
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap], ids=["jit", "vmap"])
+def test_a_traced_label_outside_gives_nan_and_no_gradient(rng, transform, label):
+    logits, labels = inputs(rng)
+    labels = jnp.asarray(labels).at[0, 1].set(label)
+    losses = transform(label_smoothed_cross_entropy)(logits, labels)
+    assert np.isnan(losses).tolist() == [[False, True, False], [False] * 3]
+
+    @jax.jit
+    def sum_of_the_others(logits, labels):
+        losses = label_smoothed_cross_entropy(logits, labels)
+        return jnp.where((labels >= 0) & (labels < 7), losses, 0).sum()
+
+    gradient = jax.grad(sum_of_the_others)(logits, labels)
+    inside = sum_of_the_others(logits, labels.at[0, 1].set(0)) - losses[0, 0]
+    assert np.isfinite(inside)
+    assert not gradient[0, 1].any()
+    expected = jax.grad(sum_of_the_others)(logits, labels.at[0, 1].set(0)).at[0, 1].set(0)
+    assert_close(gradient, expected, 1e-6)
+
+
+@pytest.mark.gives_nan
+def test_a_padded_word_is_no_label():
+    logits = np.array([0.0, 0, 0, -np.inf])
+    loss = jax.jit(lambda label: label_smoothed_cross_entropy(logits, label, vocab_size=3))
+    assert np.isfinite(loss(2))
+    assert np.isnan(loss(3))
+    words, call = (
+        ["labels", "3", "[0, 3)"],
+        lambda: label_smoothed_cross_entropy(logits, jnp.array(3), vocab_size=3),
+    )
+    assert_refuses(call, words=words, error=ValueError)
+
+
+@pytest.mark.parametrize("over", ["all", "others", "others_but_padding"])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_forbidden_word_costs_nothing_where_it_has_no_share(over, traced):
+    logits, allowed = jnp.array([0.5, 2.0, -jnp.inf, 1.0, 0.3]), [0, 1, 3, 4]
+
+    def loss(logits, smoothing, label):
+        return label_smoothed_cross_entropy(logits, jnp.asarray(label), smoothing, over)
+
+    call = jax.jit(loss, static_argnums=() if traced else (1,))
+    expected = np.log(np.exp(np.float64(logits)[allowed]).sum()) - 2.0
+    assert_close(call(logits, 0.0, 1), expected, 1e-6)
+    probabilities = np.exp(np.float64(logits)) / np.exp(np.float64(logits)[allowed]).sum()
+    gradient = jax.grad(call)(logits, 0.0, 1)
+    assert_close(gradient, probabilities - np.eye(5)[1], 1e-6)
+    # The forbidden word itself as the label, or with a share of ε: p = 0, so −log p is ∞.
+    assert call(logits, 0.0, 2) == np.inf
+    assert call(logits, 0.1, 1) == np.inf
+    assert call(logits, 0.1, 2) == np.inf
+
+
+def test_all_of_the_smoothing_leaves_the_label_no_weight():
+    logits = jnp.array([0.5, -jnp.inf, 1.0])
+    loss = label_smoothed_cross_entropy(logits, jnp.array(1), 1.0, "others")
+    assert_close(loss, np.log(np.exp(0.5) + np.e) - 0.75, 1e-6)
+
+
+def test_a_smoothing_may_be_traced_and_has_a_derivative(rng, x64):
+    logits, labels = inputs(rng)
+    total = lambda smoothing: loss_traced(logits, labels, smoothing).sum()  # noqa: E731
+    assert_gradients_right(total, 0.1)
+    assert_close(total(0.1), label_smoothed_cross_entropy(logits, jnp.asarray(labels)).sum(), 1e-12)
+
+
+loss_traced = jax.jit(label_smoothed_cross_entropy)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16])
+@pytest.mark.parametrize("over", ["all", "others"])
+def test_narrow_labels_reach_large_vocabularies(rng, dtype, over):
+    logits, labels = rng.standard_normal((3, 40_000)), np.array([0, 7, 100])
+    found = label_smoothed_cross_entropy(logits, labels.astype(dtype), over=over)
+    assert_close(found, label_smoothed_cross_entropy(logits, labels, over=over), 1e-6)
+
+
+@pytest.mark.gives_nan
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1])
+def test_a_traced_smoothing_outside_zero_to_one_gives_nan(rng, smoothing):
+    assert np.isnan(loss_traced(*inputs(rng), smoothing)).all()

@@ -52,7 +52,7 @@ def test_segment_mask_equals_the_reference():
 
 
 def test_masks_combine_and_fit_attention(rng):
-    mask = causal_mask(6) & segment_mask(jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS))
+    mask = causal_mask(6)[None, None] & segment_mask(jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS))
     x = rng.standard_normal((2, 3, 6, 4))  # [B, H, L, d_k]
     allowed = references.causal_mask(6) & references.segment_mask(SEGMENTS, SEGMENTS)
     weights = np.asarray(jax.jit(attention_weights)(x, x, mask))

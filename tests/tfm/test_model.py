@@ -3,11 +3,13 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from checks import assert_close, assert_refuses
+from checks import assert_close, assert_refuses, relative_error
+from jax.flatten_util import ravel_pytree
 
 import tfm.layers
 import tfm.model
@@ -156,6 +158,7 @@ def test_the_model_equals_the_reference(config):
     assert_equals_reference(run(config, params)[0], params, config)
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_dropout_acts_at_the_papers_places_and_nowhere_else(monkeypatch):
     # A multiplication stands in for dropout, in the model and in the reference.
     def multiply(key, x, rate):
@@ -184,12 +187,10 @@ def test_every_place_of_dropout_draws_with_its_own_key(monkeypatch):
     for module in DROPPING:
         monkeypatch.setattr(module, "dropout", record)
 
-    @jax.jit
-    def all_keys(params, key):
+    with jax.disable_jit():
+        params, key = random_parameters(PAPER), jax.random.PRNGKey(0)
         Transformer(config).apply({"params": params}, SOURCE, TARGET, dropout_key=key)
-        return jnp.stack(keys)
-
-    drawn = all_keys(random_parameters(PAPER), jax.random.PRNGKey(0))
+    drawn = np.stack(keys)
     # Two embeddings; two encoder layers of 2 sub-layers, 1 attention and 1 activation, two decoder
     # layers of 3, 2 and 1.
     assert len({tuple(key) for key in drawn.tolist()}) == len(drawn) == 2 + 2 * 4 + 2 * 6
@@ -348,6 +349,7 @@ def test_labels_are_shifted_right_within_each_packed_sequence():
     assert shifted[0, :5].tolist() == [1, 5, 6, 1, 7]
     assert shifted[1].tolist() == [1, 8, 1, 9, 9, 9, 9]
     assert shift_right(labels, 1)[0].tolist() == [1, 5, 6, 2, 7, 2, 0]
+    assert shift_right(np.array([5, 6], np.uint8), 300).tolist() == [300, 5]
 
 
 @pytest.mark.parametrize("config", [PAPER, DEPARTED], ids=["paper", "departed"])
@@ -384,3 +386,60 @@ def test_layers_scanned_and_computed_anew_take_less_memory():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(scan_layers=True, rematerialize="layers") < temporaries() / 2
+
+
+def exported(config, params, rows, source, target):
+    """Logits of a model that is exported with symbolic sizes."""
+    b, s, t = jax.export.symbolic_shape("b, s, t")
+    tokens = [jax.ShapeDtypeStruct((b, length), jnp.int32) for length in (s, t)]
+    model = Transformer(config)
+    apply = jax.jit(lambda params, *tokens: model.apply({"params": params}, *tokens))
+    return jax.export.export(apply)(params, *tokens).call(params, source[:rows], target[:rows])
+
+
+@pytest.mark.parametrize(
+    "config", [PAPER, VARIED, DEPARTED], ids=["the paper's", "varied", "every departure"]
+)
+def test_a_model_exported_with_symbolic_sizes_is_the_model(config):
+    params = random_parameters(config)
+    for rows in (1, 2):
+        logits = exported(config, params, rows, SOURCE, TARGET)
+        assert_close(logits, run(config, params)[0][:rows], 1e-5)
+
+
+@pytest.mark.parametrize("config", [PAPER, DEPARTED], ids=["the paper's", "every departure"])
+@pytest.mark.parametrize(("rows", "source", "target"), [(0, 5, 4), (2, 0, 4), (2, 5, 0), (0, 0, 0)])
+def test_of_nothing_there_are_no_logits_and_no_nan(config, rows, source, target):
+    params = random_parameters(config)
+    logits, weights = run(config, params, SOURCE[:rows, :source], TARGET[:rows, :target])
+    assert logits.shape == (rows, target, 11)
+    assert np.isfinite(logits).all()
+    assert weights["cross"].shape == (2, rows, 2, target, source)
+
+
+@pytest.mark.parametrize("changes", [{}, {"scan_layers": True}, {"compute_dtype": "bfloat16"}])
+def test_forward_over_reverse(changes):
+    config = replace(PAPER, num_encoder_layers=1, num_decoder_layers=1, **changes)
+    params, direction = random_parameters(config), random_parameters(config, seed=1)
+
+    def total(params):
+        return jax.nn.log_softmax(run(config, params)[0])[..., 3].sum()
+
+    @jax.jit
+    def products(params, direction):
+        gradient = jax.grad(total)
+        _, product = jax.jvp(gradient, (params,), (direction,))
+        along = lambda p: sum(map(jnp.vdot, *map(jax.tree.leaves, (gradient(p), direction))))  # noqa: E731
+        return product, jax.grad(along)(params)
+
+    product, expected = products(params, direction)
+    bound = 0.1 if config.compute_dtype == "bfloat16" else 1e-3
+    assert relative_error(ravel_pytree(product)[0], ravel_pytree(expected)[0]) < bound
+
+
+@pytest.mark.gives_nan
+@pytest.mark.parametrize("config", [VARIED, replace(DEPARTED, first_position=1)])
+def test_a_position_below_0_gives_nan_and_no_other_position(config):
+    positions = jnp.array([[0, 1, -1, 2, 3]] * 2)
+    logits = run(config, random_parameters(config), source_positions=positions)[0]
+    assert np.isnan(logits).all()  # all targets attend to that source

@@ -1,6 +1,7 @@
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,6 +88,7 @@ def test_positions_under_jit_and_vmap(rng):
     assert_transforms_agree(lambda positions: sinusoidal_positions(positions, 6), positions)
 
 
+@pytest.mark.gives_nan
 def test_beyond_the_exact_range_there_is_no_number():
     encoding = sinusoidal_positions(jnp.array([-1, 262_144]), 4)
     assert np.isnan(encoding).all()
@@ -101,3 +103,35 @@ def test_an_odd_d_model_is_refused(positions):
 def test_positions_that_are_not_integers_are_refused():
     words = ["positions", "float32"]
     assert_refuses(sinusoidal_positions, jnp.array([0.5]), 4, words=words, error=TypeError)
+
+
+@pytest.mark.parametrize("length", [np.array(3), jnp.int32(3)], ids=["numpy", "jax"])
+def test_a_scalar_array_may_be_a_length_or_a_position_and_is_refused(length):
+    words = ["int(length)", "positions[None]"]
+    assert_refuses(sinusoidal_positions, length, 4, words=words, error=TypeError)
+    traced = jax.jit(lambda length: sinusoidal_positions(length, 4))
+    assert_refuses(traced, length, words=words, error=TypeError)
+    assert_refuses(jax.vmap(traced), jnp.arange(3), words=words, error=TypeError)
+
+
+def test_a_numpy_integer_is_a_length():
+    assert_close(sinusoidal_positions(np.int64(3), 4), sinusoidal_positions(3, 4), 0)
+
+
+def test_a_symbolic_length_is_a_length():
+    def encode(x):
+        return x + sinusoidal_positions(x.shape[0], x.shape[1])
+
+    rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 16"), jnp.float32)
+    exported = jax.export.export(jax.jit(encode))(rows)
+    for length in (1, 7):
+        assert_close(exported.call(jnp.zeros((length, 16))), reference(range(length), 16), 1e-6)
+
+
+@pytest.mark.gives_nan
+def test_a_large_position_of_64_bits_is_not_a_small_one(x64):
+    assert np.isnan(sinusoidal_positions(jnp.array([2**32 + 5]), 4)).all()
+
+
+def test_narrow_positions():
+    assert_close(sinusoidal_positions(np.array([200], np.uint8), 4), reference([200], 4), 1e-6)

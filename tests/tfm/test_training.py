@@ -25,7 +25,7 @@ from tfm import (
     skip_nonfinite,
     summed_loss,
 )
-from tfm.training import param_shapes
+from tfm.training import complete, param_shapes
 
 BOS, EOS = 1, 2
 CONFIG = TransformerConfig(
@@ -222,12 +222,15 @@ def test_a_start_symbol_outside_the_vocabulary_is_refused():
         make_train_step(MODEL, OPTIMIZER, bos=10)
 
 
+@pytest.mark.gives_nan
 def test_the_state_may_be_donated():
+    # With its own step, as another test's was compiled where jax_debug_nans keeps what is donated.
+    donating = jax.jit(make_train_step(MODEL, OPTIMIZER, bos=BOS), donate_argnums=0)
     state = fresh_state()
-    after, _ = train(state, [copy_batch(0)])
+    after, _ = donating(state, copy_batch(0))
     assert state.params["embedding"].is_deleted()
     assert int(after.step) == 1
-    train(after, [copy_batch(1)])
+    donating(after, copy_batch(1))
 
 
 def test_the_loss_falls():
@@ -325,6 +328,7 @@ def step_with_gradients_times(factor, state, batch, guarded):
     return (skip_nonfinite(step) if guarded else step)(state, batch)
 
 
+@pytest.mark.gives_nan
 @pytest.mark.parametrize(
     ("factor", "norm", "largest"),
     [(np.nan, np.isnan, np.isnan), (np.inf, np.isnan, np.isnan), (1e15, np.isinf, np.isfinite)],
@@ -349,3 +353,62 @@ def test_a_guarded_step_is_the_same_step():
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), one, two)
     assert metrics["largest_gradient"] <= metrics["gradient_norm"]
+
+
+def test_a_batch_is_completed():
+    batch = copy_batch(0)
+    packed = {name: batch[name] for name in batch if not name.endswith("_positions")}
+    completed = complete(packed)
+    real = {side: batch[f"{side}_segment_ids"] > 0 for side in ("source", "target")}
+    for side, where in real.items():
+        found, right = (b[f"{side}_positions"] for b in (completed, batch))
+        np.testing.assert_array_equal(found[where], right[where])
+    losses = [summed_loss(STILL, initial_state().params, b, BOS, 0.1) for b in (batch, packed)]
+    assert_close(losses[0], losses[1], 1e-5)
+    # One sequence a row needs nothing but its tokens.
+    single = {side: jnp.array([[3, 4, EOS, 0], [5, EOS, 0, 0]]) for side in ("source", "target")}
+    ids = {f"{side}_segment_ids": (single[side] > 0) * 1 for side in ("source", "target")}
+    positions = {f"{side}_positions": jnp.arange(4)[None].repeat(2, 0) for side in single}
+    own_step = make_train_step(MODEL, OPTIMIZER, bos=BOS)
+    batches = single, single | ids, single | ids | positions
+    found = [own_step(initial_state(), b)[1]["loss"] for b in batches]
+    assert_close(found, [found[0]] * 3, 1e-6)
+
+
+def test_a_batch_that_lacks_tokens_or_has_something_else_is_refused_by_name():
+    batch = copy_batch(0)
+    step = make_train_step(MODEL, OPTIMIZER, bos=BOS)
+    for wrong, words, error in [
+        ({n: batch[n] for n in batch if n != "target"}, ["no target"], ValueError),
+        (batch | {"target_segments": batch["target"]}, ["'target_segments'"], ValueError),
+        (batch | {"source": [[1, 2], [3, 4]]}, ["batch['source']", "list"], TypeError),
+        (
+            batch | {"target_positions": batch["target_positions"][:, :3]},
+            ["batch['target_positions']", "(16, 3)", "(16, 12)"],
+            AssertionError,
+        ),
+    ]:
+        assert_refuses(step, initial_state(), wrong, words=words, error=error)
+
+
+def test_wrong_values_that_can_be_seen_are_refused():
+    batch = copy_batch(0)
+    wrong = batch | {"target": batch["target"].copy()}
+    wrong["target"][0, 0] = 10
+    step = make_train_step(MODEL, OPTIMIZER, bos=BOS)
+    words = ["batch['target']", "10", "[0, 10)"]
+    assert_refuses(step, initial_state(), wrong, words=words, error=ValueError)
+    loss = functools.partial(summed_loss, MODEL, initial_state().params)
+    assert_refuses(loss, wrong, BOS, 0.1, words=words, error=ValueError)
+    assert_refuses(loss, batch, 10, 0.1, words=["bos", "10", "[0, 10)"], error=ValueError)
+    words = ["smoothing", "1.5"]
+    assert_refuses(loss, batch, BOS, 1.5, words=words, error=ValueError)
+    make = functools.partial(make_train_step, MODEL, OPTIMIZER, bos=BOS, smoothing=1.5)
+    assert_refuses(make, words=words, error=ValueError)
+
+
+def test_padding_may_stand_anywhere_in_a_row():
+    row = jnp.array([[0, 0, 5, 6], [3, 0, 4, EOS]])
+    completed = complete({"source": row, "target": row})
+    assert completed["source_positions"].tolist() == [[0, 1, 2, 3]] * 2
+    assert completed["source_segment_ids"].tolist() == [[0, 0, 1, 1], [1, 0, 1, 1]]
