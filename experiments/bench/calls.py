@@ -150,11 +150,7 @@ def torch_calls(a: dict[str, Any], heads: int) -> dict[str, Call]:
         return call
 
     def without_gradient(function, *arguments):
-        def call():
-            with torch.no_grad():
-                return function(*arguments)
-
-        return call
+        return lambda: torch.no_grad()(function)(*arguments)
 
     by_words = t["z"].flatten(0, 1), ids.flatten()
     return {
