@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Most of the tests' time is compilation, and most of that LLVM's: without its expensive passes a
 # search compiles in a sixth of the time, to the same operations. `--optimized` leaves them in.
@@ -28,7 +29,8 @@ def pytest_configure(config):
 LONGEST = [
     "test_killing", "test_together", "test_compiled", "test_sharding", "test_measures",
     "test_resuming", "test_translator", "test_translate", "test_notebooks", "test_properties",
-    "test_study", "test_predict", "test_model", "test_training",
+    "test_study", "test_predict", "test_model", "test_training", "test_decoding",
+    "test_compilations", "test_strict",
 ]  # fmt: skip
 
 
@@ -48,16 +50,32 @@ jax.config.update("jax_enable_compilation_cache", False)
 sys.path.append(str(Path(__file__).parent))
 
 
-@pytest.fixture
-def compiled_once(tmp_path_factory, monkeypatch):
-    """What one process that a test starts has compiled, the next need not.
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """What a call of the command has compiled, here or in a process of its own, the next need not.
 
     For tests that do not care what is said on the way: a process that is killed may leave half an
     entry, of which JAX then warns.
     """
-    folder = tmp_path_factory.getbasetemp() / "compiled"
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    folder = str(tmp_path_factory.getbasetemp() / "compiled")
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        _configure(settings)
+        yield
+    _configure(before)
+
+
+def _configure(settings):
+    compilation_cache.reset_cache()  # so that JAX looks anew whether there is one
+    for name, value in settings.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture

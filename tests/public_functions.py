@@ -11,12 +11,13 @@ import tfm
 from tfm.precision import linear
 
 CONFIG = tfm.TransformerConfig(
-    vocab_size=11, d_model=8, d_ff=12, num_heads=2, num_encoder_layers=2, num_decoder_layers=2
+    vocab_size=11, d_model=8, d_ff=12, num_heads=2, num_encoder_layers=1, num_decoder_layers=1
 )
 MODEL = tfm.Transformer(CONFIG)
-SCANNED = tfm.Transformer(dataclasses.replace(CONFIG, scan_layers=True))
 REMAT = tfm.Transformer(dataclasses.replace(CONFIG, rematerialize="layers"))
-BOTH = tfm.Transformer(dataclasses.replace(CONFIG, rematerialize="layers", scan_layers=True))
+SEVERAL = {"num_encoder_layers": 2, "num_decoder_layers": 2, "scan_layers": True}
+SCANNED = tfm.Transformer(dataclasses.replace(CONFIG, **SEVERAL))
+BOTH = tfm.Transformer(dataclasses.replace(SCANNED.config, rematerialize="layers"))
 MODELS = {"layers": MODEL, "scanned": SCANNED, "remat": REMAT, "both": BOTH}
 KEY = jax.random.PRNGKey(0)  # a raw one, which several calls may use
 X = jnp.ones((2, 6, 8))

@@ -22,6 +22,7 @@ from tfm.checkpoint import CheckpointError, Checkpoints
 from tfm.sharing import import_params
 from tfm.training import param_shapes
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 LINES = 100_000
 NASTY = [
     b"", b"\r", b"\xef\xbb\xbfab", b"a\x00b", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"a\rb",

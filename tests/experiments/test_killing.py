@@ -11,19 +11,24 @@ import time
 import pytest
 from killing import SAVE_EVERY, finish, kill_and_compare, sound_step, start, write_words
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 
 
-@pytest.mark.usefixtures("compiled_once")
 def test_kills_lose_two_saves_at_most_and_change_nothing(tmp_path):
-    kills, killed, whole = kill_and_compare(tmp_path, kills=7)
-    assert sum(kill.aimed != "neither" for kill in kills) >= 4  # of six that were meant to
+    kills, killed, whole = kill_and_compare(tmp_path, kills=5)
+    assert sum(kill.aimed != "neither" for kill in kills) >= 3  # of four that were meant to
     for kill in kills:
         assert kill.sound > 0 and kill.lost <= 2 * SAVE_EVERY
     assert killed["state_sha256"] == whole["state_sha256"]
     # The newest sound step after a kill is where the next process goes on.
     assert killed["resumed_from"] == [kill.sound for kill in kills]
     assert whole["resumed_from"] == []
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """The step is compiled anew, which takes seconds."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
 
 
 def asked_to_stop(run, flags, when, *numbers, apart=0.0):
@@ -44,6 +49,7 @@ def asked_to_stop(run, flags, when, *numbers, apart=0.0):
     return process.returncode, error
 
 
+@pytest.mark.usefixtures("compiles")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_it_compiles_saves_the_first_step(tmp_path, number, code):
     run, flags = tmp_path / "run", write_words(tmp_path)
@@ -54,6 +60,7 @@ def test_a_signal_while_it_compiles_saves_the_first_step(tmp_path, number, code)
     assert "stopped and saved at step 1;" in error and sound_step(run) == 1
 
 
+@pytest.mark.usefixtures("compiles")
 def test_a_second_signal_leaves_at_once_even_while_it_compiles(tmp_path):
     run, flags = tmp_path / "run", write_words(tmp_path)
     started = time.monotonic()
@@ -78,6 +85,12 @@ def test_a_signal_while_it_saves_keeps_the_step(tmp_path):
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """What this test has compiled alone: half an entry of a process that was killed is told."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A disk of 4 MB in memory, where one may be mounted."""
     disk = tmp_path / "disk"
@@ -89,6 +102,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_a_limit_on_files_ends_the_run_in_one_line_and_loses_nothing(tmp_path):
     """C5: a limit on the size of files in the place of a full disk."""
     run, flags = tmp_path / "run", write_words(tmp_path)
@@ -104,6 +118,7 @@ def test_a_limit_on_files_ends_the_run_in_one_line_and_loses_nothing(tmp_path):
     assert sound_step(run) == 20
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_a_disk_that_is_full_ends_the_run_in_one_line_and_loses_nothing(tmp_path, small_disk):
     """C5 on a real disk: nothing is free, then room to begin but none to save, then enough."""
     run, flags, ballast = small_disk / "run", write_words(tmp_path), small_disk / "ballast"

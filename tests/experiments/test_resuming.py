@@ -11,7 +11,7 @@ from experiments import loop
 from experiments.tasks import pronounce, training
 from tfm.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 STEPS = 60
 ACCUMULATING = ["--accumulation", "2"]
 

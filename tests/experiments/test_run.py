@@ -30,6 +30,7 @@ from experiments.predict import PredictConfig
 from experiments.tasks import pronounce, training
 from tfm.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 SOUNDS = {"a": "AA", "b": "B", "c": "K", "d": "D", "e": "EH"}
 STEPS = 160
 TINY = [

@@ -27,6 +27,7 @@ from tfm.checkpoint import Checkpoints
 from tfm.sharing import import_params
 from tfm.variants import VARIANTS
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 THEIRS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn"]
 STEPS = 60

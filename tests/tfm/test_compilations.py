@@ -96,7 +96,7 @@ def test_a_second_gradient_compiles_nothing(case):
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_a_second_pass_through_a_model_compiles_nothing(model):
-    params = MODEL.init(KEY, IDS, IDS)
+    params = model.init(KEY, IDS, IDS)
     assert compilations(model.apply, params, IDS, IDS) == 0
     loss = lambda p: model.apply(p, IDS, IDS, dropout_key=KEY).sum()  # noqa: E731
     assert compilations(jax.grad(loss), params) == 0

@@ -369,10 +369,16 @@ def test_a_batch_is_completed():
     single = {side: jnp.array([[3, 4, EOS, 0], [5, EOS, 0, 0]]) for side in ("source", "target")}
     ids = {f"{side}_segment_ids": (single[side] > 0) * 1 for side in ("source", "target")}
     positions = {f"{side}_positions": jnp.arange(4)[None].repeat(2, 0) for side in single}
-    own_step = make_train_step(MODEL, OPTIMIZER, bos=BOS)
-    batches = single, single | ids, single | ids | positions
-    found = [own_step(initial_state(), b)[1]["loss"] for b in batches]
-    assert_close(found, [found[0]] * 3, 1e-6)
+    whole = single | ids | positions
+    for batch in (single, single | ids, whole):
+        completed = complete(batch)
+        assert_same_bits(completed | positions, whole)
+        for side, tokens in single.items():
+            found = completed[f"{side}_positions"]
+            np.testing.assert_array_equal(found[tokens > 0], [0, 1, 2, 0, 1])
+    total, tokens = summed_loss(STILL, initial_state().params, whole, BOS, 0.1)
+    _, metrics = make_train_step(STILL, OPTIMIZER, bos=BOS)(initial_state(), single)
+    assert_close(metrics["loss"], total / tokens, 1e-6)
 
 
 def test_a_batch_that_lacks_tokens_or_has_something_else_is_refused_by_name():

@@ -19,6 +19,7 @@ from experiments.translation.score import ScoreConfig
 from experiments.translation.score import run as score
 from experiments.translation.translator import write
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[3]
 
 
