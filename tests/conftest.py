@@ -55,18 +55,17 @@ def compiled_once(tmp_path_factory):
     """What a call of the command has compiled, here or in a process of its own, the next need not.
 
     For tests that do not care what is said on the way: a process that is killed may leave half an
-    entry, of which JAX then warns.
+    entry, of which JAX then warns. So each file of tests has a folder of its own.
     """
-    folder = str(tmp_path_factory.getbasetemp() / "compiled")
     settings = {
         "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": folder,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     before = {name: getattr(jax.config, name) for name in settings}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        for name, value in settings.items():
+            patch.setenv(name.upper(), str(value))
         _configure(settings)
         yield
     _configure(before)

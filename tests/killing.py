@@ -20,7 +20,7 @@ from experiments import run as command
 from tfm.checkpoint import Checkpoints
 
 SAVE_EVERY = 10
-STEPS_A_KILL = 100  # more than a process does before it is killed, on average
+STEPS_A_KILL = 150  # more than a process does before it is killed
 TINY = [
     *("--model.d-model", "16", "--model.d-ff", "32", "--model.num-heads", "2"),
     *("--model.num-encoder-layers", "1", "--model.num-decoder-layers", "1"),

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import re
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -99,17 +99,10 @@ def test_a_mesh_gives_the_losses_of_one_device_in_f64(divided, reference):
     np.testing.assert_allclose(losses, reference["float64"], rtol=1e-9)
 
 
-@cache
-def compiled_training(divided):
-    training = Training(CONFIG, divided)
-    training.step = training.compiled()
-    return training
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("divided", MESHES, ids=named)
 def test_a_mesh_gives_the_losses_of_one_device_in_f32(divided, reference):
-    losses = compiled_training(divided).losses(50)
+    losses = Training(CONFIG, divided).losses(50)
     np.testing.assert_allclose(losses, reference["float32"], rtol=1e-4)
 
 
@@ -161,8 +154,9 @@ def test_parameters_and_moments_are_divided(divided):
 @pytest.mark.slow
 def test_a_matrix_that_tensor_divides_is_never_gathered():
     """Of the optimised program: its gathers are of the parts that `fsdp` stores."""
-    training = compiled_training(MeshConfig(2, 2, 2))
-    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", training.step.as_text())
+    training = Training(CONFIG, MeshConfig(2, 2, 2))
+    text = training.compiled().as_text()
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
     wholes = {
         tuple(x.shape)
         for path, x in jax.tree_util.tree_leaves_with_path(training.state.params)

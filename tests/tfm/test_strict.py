@@ -16,6 +16,7 @@ from public_functions import (
     IDS,
     KEY,
     MODEL,
+    SCANNED,
     UNDIFFERENTIATED,
     X,
     gradient_of,
@@ -72,13 +73,14 @@ def test_a_step_of_training(optimizer, state):
 
 
 def test_no_key_is_used_twice(optimizer):
-    """Of typed ones, which JAX keeps count of."""
-    step = tfm.skip_nonfinite(tfm.make_train_step(MODEL, optimizer, bos=1, accumulation=2))
-    state, _ = step(tfm.init_state(MODEL, optimizer, jax.random.key(0)), BATCH)
+    """Of typed ones, which JAX keeps count of; by a model of several layers."""
+    model = tfm.Transformer(dataclasses.replace(SCANNED.config, scan_layers=False))
+    step = tfm.skip_nonfinite(tfm.make_train_step(model, optimizer, bos=1, accumulation=2))
+    state, _ = step(tfm.init_state(model, optimizer, jax.random.key(0)), BATCH)
     step(state, BATCH)
     params = {"params": state.params}
-    MODEL.apply(params, IDS, IDS, dropout_key=jax.random.key(1))
-    step, cache = tfm.start_decoding(MODEL, state.params, IDS, 2, 3)
+    model.apply(params, IDS, IDS, dropout_key=jax.random.key(1))
+    step, cache = tfm.start_decoding(model, state.params, IDS, 2, 3)
     tfm.sample(step, cache, jax.random.key(2), bos=1, eos=2, max_length=3)
     key = jax.random.key(3)
     tfm.dropout(key, X, 0.5)
