@@ -267,16 +267,25 @@ def _cudnn(
     def rows(x):  # [..., H, L, d] -> [B, L, H, d]
         return jnp.swapaxes(examples(x), 1, 2).astype(compute_dtype)
 
-    if mask is None:
-        mask = jnp.ones((), bool)
-    allowed = jnp.broadcast_to(mask, (*query.shape[:-1], key.shape[-2]))
+    def few(mask):  # one for all heads, or for all examples, stays one: cuDNN reads numbers
+        mask = with_axes(mask, max(query.ndim, 4))
+        *leading, heads, _, _ = mask.shape
+        leading = query.shape[:-3] if math.prod(leading) > 1 else leading
+        shape = (*leading, heads, query.shape[-2], key.shape[-2])
+        return examples(jnp.broadcast_to(mask, shape))
+
+    attends = None
+    if mask is not None:
+        mask = with_axes(mask, query.ndim)
+        attends = mask.any(-1, keepdims=True)
+        # Of a query without a key cuDNN gives a NaN gradient where K % 128 is 64 (pytorch 196678,
+        # cuDNN 9.19; seen on an H200): it sees none.
+        mask = few(mask | ~attends)
     out = jax.nn.dot_product_attention(
-        *map(rows, (query, key, value)),
-        mask=examples(allowed),
-        implementation="cudnn",
+        *map(rows, (query, key, value)), mask=mask, implementation="cudnn"
     )
     out = jnp.swapaxes(out, 1, 2).reshape(query.shape).astype(working_dtype(query, key, value))
-    return jnp.where(allowed.any(-1, keepdims=True), out, 0)
+    return out if attends is None else jnp.where(attends, out, 0)
 
 
 def _in_parts(
@@ -288,11 +297,15 @@ def _in_parts(
     mask: Array | None,
 ) -> Array:
     """The attention of each device's own examples and heads, where a mesh divides them."""
-    mask = jnp.ones((1, 1), bool) if mask is None else mask
     heads = ("batch", "heads", None, None)
+    operands = (query, key, value) if mask is None else (query, key, value, mask)
+
+    def attend(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+        return way(query, key, value, mask, compute_dtype)
+
     return on_each_device(
-        lambda *operands: way(*operands, compute_dtype),
-        *((x, heads) for x in (query, key, value, mask)),
+        attend,
+        *((x, heads) for x in operands),
         out=((*query.shape[:-1], value.shape[-1]), heads),
     )
 

@@ -108,7 +108,7 @@ def output_logits(
     """
     assert_fits("y", y, (..., None))
     assert_fits("w", w, (y.shape[-1], None), y=y)
-    logits = linear(y, w, compute_dtype)
+    logits = linear(y, w, compute_dtype, rounded=False)
     if b is None:
         return logits
     assert_fits("b", b, (w.shape[1],), w=w)

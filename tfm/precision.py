@@ -3,7 +3,10 @@
 Without a `compute_dtype` the product is exact for its type: f32 operands (or the wider of the
 inputs) at the highest precision of the device, so that a GPU or TPU does not silently round the
 operands to fewer bits. With `compute_dtype=jnp.bfloat16` the operands are rounded to bfloat16 and
-the products are summed in f32, in the forward and in the backward pass.
+the products are summed in f32, in the forward and in the backward pass. A GPU or TPU rounds the
+sums of the linear maps between the layers too, which it has to write to memory and read again: half
+the bytes, of which such a step has too many. Logits and the gradients of the weights stay as they
+are summed.
 """
 
 import math
@@ -20,6 +23,12 @@ from tfm.shapes import are_known
 from tfm.sharding import is_divided
 
 
+def on_cpu() -> bool:
+    """Whether to write sums as XLA for the CPU has them fast. By the default device of the process:
+    of `lax.platform_dependent` JAX compiles the transpose anew in each gradient outside of jit."""
+    return jax.default_backend() == "cpu"
+
+
 def working_dtype(*arrays: Array) -> jnp.dtype:
     """What softmax, normalisation and losses work in: f32, or the widest of the inputs."""
     return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
@@ -32,22 +41,25 @@ def floating(*arrays: Array) -> list[Array]:
     return [x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype) for x in arrays]
 
 
-def _product(a: Array, b: Array, dimension_numbers, compute_dtype: DTypeLike) -> Array:
-    """`lax.dot_general` of operands cast to `compute_dtype`, accumulated in at least f32."""
-    return lax.dot_general(
-        a.astype(compute_dtype),
-        b.astype(compute_dtype),
-        dimension_numbers,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(jnp.float32, compute_dtype),
-    )
+def _batched(
+    a: Array, a_axis: int, b: Array, b_axis: int, compute_dtype: DTypeLike, rounded: bool = False
+) -> Array:
+    """Contracts one of the last two axes of each operand; all axes before them are batch axes.
 
-
-def _batched(a: Array, a_axis: int, b: Array, b_axis: int, compute_dtype: DTypeLike) -> Array:
-    """Contracts one of the last two axes of each operand; all axes before them are batch axes."""
+    Of operands cast to `compute_dtype`, accumulated in at least f32, which is the result's type; on
+    a GPU or TPU `rounded` to `compute_dtype` before.
+    """
     batch = tuple(range(a.ndim - 2))
     axes = (((a.ndim + a_axis,), (b.ndim + b_axis,)), (batch, batch))
-    return _product(a, b, axes, compute_dtype)
+    summed_in = jnp.promote_types(jnp.float32, compute_dtype)
+    product = lax.dot_general(
+        a.astype(compute_dtype),
+        b.astype(compute_dtype),
+        axes,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=compute_dtype if rounded and not on_cpu() else summed_in,
+    )
+    return product.astype(summed_in)
 
 
 # Plain autodiff would multiply the f32 cotangent by a bf16 operand, which is an f32 product: the
@@ -92,11 +104,14 @@ def plain_matmul(a: Array, b: Array, compute_dtype: DTypeLike | None = None) -> 
     return _batched(a, -1, b, -2, compute_dtype or working_dtype(a, b))
 
 
-@partial(compiled, static_argnames="compute_dtype")
-def linear(x: Array, w: Array | Quantized, compute_dtype: DTypeLike | None = None) -> Array:
+@partial(compiled, static_argnames=("compute_dtype", "rounded"))
+def linear(
+    x: Array, w: Array | Quantized, compute_dtype: DTypeLike | None = None, rounded: bool = True
+) -> Array:
     """x w, one row at a time; of a `Quantized` matrix in 8 bits, whatever the compute_dtype.
 
-    x: [..., I], w: [I, O] -> [..., O] in f32, or the wider of the inputs.
+    x: [..., I], w: [I, O] -> [..., O] in f32, or the wider of the inputs. With a compute_dtype a
+    GPU or TPU rounds it, and its gradient by x, to that unless `rounded` is False.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if isinstance(w, Quantized):
@@ -104,7 +119,7 @@ def linear(x: Array, w: Array | Quantized, compute_dtype: DTypeLike | None = Non
     elif compute_dtype is None:
         y = _linear(*floating(rows, w))
     else:
-        y = _low_precision_linear(*floating(rows, w), jnp.dtype(compute_dtype))
+        y = _low_precision_linear(*floating(rows, w), jnp.dtype(compute_dtype), rounded)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -124,21 +139,25 @@ def _linear_jvp(primals, tangents):
     return _linear(x, w), _batched(dx, -1, w, -2, dtype) + by_w
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _low_precision_linear(x: Array, w: Array, compute_dtype: DTypeLike) -> Array:
-    return _batched(x, -1, w, -2, compute_dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _low_precision_linear(x: Array, w: Array, compute_dtype: DTypeLike, rounded: bool) -> Array:
+    return _batched(x, -1, w, -2, compute_dtype, rounded)
 
 
-def _linear_backward(compute_dtype, operands, cotangent):
+def _linear_forward(x, w, compute_dtype, rounded):
+    return _batched(x, -1, w, -2, compute_dtype, rounded), (x, w)
+
+
+def _linear_backward(compute_dtype, rounded, operands, cotangent):
     x, w = operands
-    grad_x = _batched(cotangent, -1, w, -1, compute_dtype)
+    grad_x = _batched(cotangent, -1, w, -1, compute_dtype, rounded)
     # The barrier: where w is a transpose (of tied embeddings), XLA would swap the operands of this
     # product to turn its result, and the CPU has no bf16 product of those.
     grad_w = lax.optimization_barrier(_batched(turned(x), -1, cotangent, -2, compute_dtype))
     return grad_x.astype(x.dtype), grad_w.astype(w.dtype)
 
 
-_low_precision_linear.defvjp(_forward, _linear_backward)
+_low_precision_linear.defvjp(_linear_forward, _linear_backward)
 
 
 @compiled
@@ -175,9 +194,12 @@ def _over_rows(row: Array, shape: tuple[int, ...]) -> Array:
 
 # The gradient of a row is a sum over all rows. XLA for the CPU takes ten times as long for it as
 # for the product that is the transpose of this one; of eight rows, since it has no fast one of one.
+# For a GPU the sum is part of the kernel that makes the rows.
 @_over_rows.defjvp
 def _over_rows_jvp(shape, primals, tangents):
     (row,), (tangent,) = primals, tangents
+    if not on_cpu():
+        return _over_rows(row, shape), jnp.broadcast_to(tangent, shape)
     first = jnp.zeros((8, math.prod(shape[:-1])), row.dtype).at[0].set(1)
     eight = jnp.pad(tangent[None], [(0, 7), (0, 0)])
     rows = _batched(first, -2, eight, -2, row.dtype)

@@ -1,3 +1,4 @@
+import re
 from functools import partial
 
 import jax
@@ -247,9 +248,10 @@ def lowered_for_cuda(monkeypatch, function, *shapes):
     monkeypatch.setattr(version, lambda: 91_000)
     monkeypatch.setattr("tfm.attention._cudnn_is_here", lambda: True)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    check = jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaScaleBiasSoftmax")
-    back = jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaScaleBiasSoftmaxBackward")
-    export = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[check, back])
+    calls = [f"__cudnn$fmha{kind}Softmax{way}"
+             for kind in ("", "ScaleBias") for way in ("", "Backward")]  # fmt: skip
+    checks = list(map(jax.export.DisabledSafetyCheck.custom_call, calls))
+    export = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)
     return export(*arguments).mlir_module()
 
 
@@ -269,6 +271,28 @@ def test_a_gpu_computes_attention_with_cudnn(monkeypatch, leading):
     program = lowered_for_cuda(monkeypatch, both, *[(*leading, 4, 8)] * 3)
     assert "__cudnn$fmhaScaleBiasSoftmax(" in program
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in program
+
+
+@pytest.mark.usefixtures("traced_anew")
+@pytest.mark.parametrize(
+    ("mask", "bias"),
+    [
+        (None, None),
+        ((4, 4), "1x1x4x4"),
+        ((2, 1, 1, 4), "2x1x4x4"),
+        ((1, 3, 4, 1), "1x3x4x4"),
+        ((2, 3, 4, 4), "2x3x4x4"),
+    ],
+)
+def test_cudnn_reads_a_mask_once_for_all_that_share_it(monkeypatch, mask, bias):
+    def both(*inputs):
+        allowed = None if mask is None else jnp.ones(mask, bool)
+        return scaled_dot_product_attention(*inputs, allowed, compute_dtype=jnp.bfloat16)
+
+    program = lowered_for_cuda(monkeypatch, both, *[FITTING] * 3)
+    (operands,) = re.findall(r"__cudnn\$fmha\w*Softmax\(.*: \((.*?)\) ->", program)
+    numbers = re.findall(r"tensor<([\dx]+)xbf16>", operands)
+    assert numbers[3:4] == ([] if bias is None else [bias])
 
 
 @pytest.mark.usefixtures("traced_anew")

@@ -14,7 +14,7 @@ from checks import (
     assert_transforms_agree,
 )
 
-from tfm import label_smoothed_cross_entropy
+from tfm import label_smoothed_cross_entropy, loss
 
 # One compilation serves all tests with the same shapes; an eager call compiles each operation.
 loss_of = jax.jit(label_smoothed_cross_entropy, static_argnames="smoothing")
@@ -212,3 +212,23 @@ def test_narrow_labels_reach_large_vocabularies(rng, dtype, over):
 @pytest.mark.parametrize("smoothing", [-0.1, 1.1])
 def test_a_traced_smoothing_outside_zero_to_one_gives_nan(rng, smoothing):
     assert np.isnan(loss_traced(*inputs(rng), smoothing)).all()
+
+
+@pytest.mark.parametrize("over", ["all", "others", "others_but_padding"])
+@pytest.mark.parametrize("vocab_size", [7, 9])
+@pytest.mark.parametrize("weights", [(0.9, 0.1), (1.0, 0.0)])
+def test_accelerators_sum_what_a_cpu_gathers(rng, x64, over, vocab_size, weights):
+    logits, labels = rng.standard_normal((5, 9)), rng.integers(1, vocab_size, (5, 1))
+    if weights[1] == 0:
+        logits[:, 0] = -np.inf  # a forbidden word
+    ways = (loss._expected_by_gather, loss._expected_in_one_sum)
+
+    def both(way):
+        def total(logits):
+            return way(over, vocab_size, logits, labels, weights).sum()
+
+        return jax.value_and_grad(total)(jnp.asarray(logits))
+
+    (gathered, expected), (summed, gradient) = map(both, ways)
+    assert_close(summed, gathered, 1e-12)
+    assert_close(gradient, expected, 1e-12)

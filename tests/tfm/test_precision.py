@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,3 +175,34 @@ def test_functions_of_rows_have_both_modes_of_derivative(rng, x64):
         numbers = tuple(range(len(arguments)))
         modes = [jac(function, argnums=numbers)(*arguments) for jac in (jax.jacfwd, jax.jacrev)]
         jax.tree.map(lambda a, b: assert_close(a, b, 1e-12), *modes)
+
+
+def written_products(function, *shapes):
+    """The operand and result types of each product in the program."""
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    types = r"dot_general .*: \(tensor<[\dx]+(\w+)>, tensor<[\dx]+(\w+)>\) -> tensor<[\dx]+(\w+)>"
+    return sorted(re.findall(types, jax.jit(function).lower(*arguments).as_text()))
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize("backend", ["gpu", "tpu", "cpu"])
+def test_accelerators_round_what_they_write(monkeypatch, backend, rounded):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    def forward_and_gradients(x, w, cotangent):
+        y, pull = jax.vjp(lambda x, w: linear(x, w, BF16, rounded), x, w)
+        assert y.dtype == jnp.float32
+        return y, pull(cotangent)
+
+    products = written_products(forward_and_gradients, (4, 8), (8, 16), (4, 16))
+    # The gradient of w stays as it is summed.
+    written = ["bf16", "bf16", "f32"] if rounded and backend != "cpu" else ["f32"] * 3
+    assert products == [("bf16", "bf16", result) for result in written]
+
+
+@pytest.mark.parametrize(("backend", "products"), [("gpu", 0), ("cpu", 1)])
+def test_only_a_cpu_sums_rows_by_a_product(monkeypatch, backend, products):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    gradient = jax.grad(lambda row: over_rows(row, (4, 8)).sum())
+    assert len(written_products(gradient, (8,))) == products
+    assert_close(gradient(jnp.ones(8)), np.full(8, 4.0), 1e-6)
