@@ -18,6 +18,7 @@ from experiments.bench.device.session import Row, Session
 from experiments.bench.device.sizes import TINY
 from experiments.bench.device.timing import compile_timed, median_seconds
 from tfm import Transformer, init_state, make_optimizer, make_train_step
+from tfm.attention import scaled_dot_product_attention
 from tfm.embedding import embed
 
 
@@ -153,9 +154,39 @@ def first_steps(session: Session) -> Row:
     return {"error": error, "bound": 1e-4, "passed": bool(error <= 1e-4)}
 
 
+def masked_attention(session: Session) -> Row:
+    """pytorch 196678: NaN gradients of cuDNN where K % 128 is 64 and a query may attend to nothing.
+
+    Seen with cuDNN 9.19 on an H200; the issue names H100 and H200. The library shows cuDNN no such
+    query, so that its own gradient has to be finite. Flagged where cuDNN alone has the fault.
+    """
+    if missing := accelerator.why_no_cudnn():
+        return {"skipped": missing}
+    shape = (2, 64, 4, 64)
+    operands = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(3)]
+    mask = jnp.broadcast_to(jnp.arange(64)[:, None] < 48, (1, 1, 64, 64))
+
+    def alone(*x: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(*x, mask=mask, implementation="cudnn")
+
+    def ours(*x: jax.Array) -> jax.Array:
+        heads = (jnp.swapaxes(y, 1, 2) for y in x)
+        return scaled_dot_product_attention(
+            *heads, mask, compute_dtype="bfloat16", implementation="cudnn"
+        )
+
+    def is_finite(attend: Callable[..., jax.Array]) -> bool:
+        gradients = jax.grad(lambda *x: attend(*x)[..., 0].sum(), argnums=(0, 1, 2))
+        return all(np.isfinite(jnp.float32(g)).all() for g in jax.jit(gradients)(*operands))
+
+    flag = {} if is_finite(alone) else {"flag": "cuDNN alone gives NaN: pytorch 196678"}
+    return {"passed": is_finite(ours)} | flag
+
+
 CANARIES = {
     "jax 40633: single operations": (single_operations, "0.10.2; not 0.11.0, 0.11.1"),
     "jax 40633: three training steps": (first_steps, "0.10.2; not 0.11.0, 0.11.1"),
+    "pytorch 196678: masked attention": (masked_attention, "not cuDNN 9.19"),
     "jax 38806: scatter-add of one id": (scatter_add, "to 0.10.1, from 0.11.1"),
     "jax 38806: the embedding's gradient": (embedding_gradient, "to 0.10.1, from 0.11.1"),
     "jax 39959: segment_sum, batch first": (strided_segment_sum, "to 0.9.1"),

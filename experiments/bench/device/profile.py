@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -40,20 +39,24 @@ def device_events(trace: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def longest(trace: dict[str, Any]) -> list[dict[str, Any]]:
-    """The kernels with the most seconds in all: name, seconds, calls, and the share of the sum."""
-    seconds, calls = Counter[str](), Counter[str]()
+    """The kernels with the most seconds in all: name, what its first call computes in JAX's words,
+    seconds, calls, and the share of the sum."""
+    seconds, calls, works = Counter[str](), Counter[str](), {}
     for event in device_events(trace):
         seconds[event["name"]] += event.get("dur", 0) / 1e6
         calls[event["name"]] += 1
+        works.setdefault(event["name"], event.get("args", {}).get("name", ""))
     total = sum(seconds.values()) or 1.0
     return [
-        {"kernel": name, "seconds": spent, "calls": calls[name], "share_of_kernels": spent / total}
+        {"kernel": name, "computes": works[name], "seconds": spent, "calls": calls[name],
+         "share_of_kernels": spent / total}
         for name, spent in seconds.most_common(LONGEST)
-    ]
+    ]  # fmt: skip
 
 
-def longest_kernels(session: Session, name: str, run: Callable[[], Any]) -> Row:
-    """`kernels` of one run, whose trace is kept in the session's folder where it is small.
+def longest_kernels(session: Session, name: str, run: Callable[[], Any], program: str) -> Row:
+    """`kernels` of one run, whose trace and optimised `program` are kept in the session's folder
+    where they are small: kernels are named after the program's fusions.
 
     What fails here is told in the row, which is worth something without it.
     """
@@ -63,8 +66,10 @@ def longest_kernels(session: Session, name: str, run: Callable[[], Any]) -> Row:
                 jax.block_until_ready(run())
             (file,) = Path(folder).rglob("*.trace.json.gz")
             kernels = longest(json.loads(gzip.decompress(file.read_bytes())))
-            if file.stat().st_size <= MOST_KEPT:
-                shutil.copyfile(file, Path(session.folder) / f"profile-{name}.trace.json.gz")
+            kept = {"trace.json.gz": file.read_bytes(), "hlo.gz": gzip.compress(program.encode())}
+            for kind, written in kept.items():
+                if len(written) <= MOST_KEPT:
+                    (Path(session.folder) / f"profile-{name}.{kind}").write_bytes(written)
     except Exception as error:  # a profiler that is not allowed, say
         return {"note": f"no profile: {type(error).__name__}: {str(error)[:200]}"}
     return {"kernels": kernels} if kernels else {"note": "the profile names no kernel"}

@@ -101,8 +101,9 @@ def measure(session: Session, config: TransformerConfig, profile: str | None, ro
     made |= rates(session, work, timed["seconds"])
     # The process's peak is this step's only where it rose.
     made |= {"peak_bytes": peak} if peak is not None and peak > (before or 0) else {}
-    made |= {"program_bytes": needed, "cudnn": "__cudnn$fmha" in (program.as_text() or "")}
-    return made | (longest_kernels(session, profile, run) if profile else {})
+    text = program.as_text() or ""
+    made |= {"program_bytes": needed, "cudnn": "__cudnn$fmha" in text}
+    return made | (longest_kernels(session, profile, run, text) if profile else {})
 
 
 def measure_fitting(

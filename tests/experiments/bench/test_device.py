@@ -238,7 +238,8 @@ def test_kernels_are_those_of_the_device_streams():
         return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}
 
     def ran(name, pid, tid, microseconds):
-        return {"ph": "X", "name": name, "pid": pid, "tid": tid, "dur": microseconds, "args": {}}
+        more = {"name": f"jit(step)/{name}"} if name == "gemm" else {}
+        return {"ph": "X", "name": name, "pid": pid, "tid": tid, "dur": microseconds, "args": more}
 
     events = [
         {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}},
@@ -249,8 +250,14 @@ def test_kernels_are_those_of_the_device_streams():
         ran("gemm again", 1, 8, 80), ran("python", 2, 7, 1e6),
     ]  # fmt: skip
     assert profile.longest({"traceEvents": events}) == [
-        {"kernel": "gemm", "seconds": 8e-5, "calls": 2, "share_of_kernels": 0.8},
-        {"kernel": "fusion", "seconds": 2e-5, "calls": 1, "share_of_kernels": 0.2},
+        {
+            "kernel": "gemm",
+            "computes": "jit(step)/gemm",
+            "seconds": 8e-5,
+            "calls": 2,
+            "share_of_kernels": 0.8,
+        },
+        {"kernel": "fusion", "computes": "", "seconds": 2e-5, "calls": 1, "share_of_kernels": 0.2},
     ]
 
 
@@ -294,6 +301,15 @@ def test_an_error_is_judged_by_its_bound():
     assert agreement.relative_error({"a": np.array([3.0, 4.5])}, {"a": np.array([3.0, 4.0])}) == 0.1
     assert agreement.judged(0.1, 0.1)["passed"] and not agreement.judged(0.2, 0.1)["passed"]
     assert not agreement.judged(float("nan"), 0.1)["passed"]
+
+
+def test_an_array_that_is_not_finite_is_named():
+    right = {"w": np.ones(2), "b": np.ones(2)}
+    wrong = {"w": np.array([1.0, np.nan]), "b": np.array([1.0, 1.1])}
+    made = agreement.compared(wrong, right)
+    assert made["worst_array_name"] == "['w']" and made["arrays_not_finite"] == [1, 0]
+    assert not agreement.judged(made["error"], 1.0)["passed"]
+    assert "arrays_not_finite" not in agreement.compared(right, right)
 
 
 def test_hypotheses_may_differ_where_two_are_as_likely():
@@ -342,10 +358,11 @@ def test_without_torch_its_rows_say_so(session, monkeypatch):
 def test_the_model_agrees(session, compiled_quickly):
     cpu, sizes = jax.local_devices()[0], session.sizes
     params = jax.jit(lambda: init_params(Transformer(sizes.agreeing), jax.random.key(0)))()
-    agreement.training(session, (cpu, cpu), params, "bfloat16")
+    agreement.training(session, (cpu, cpu), params)
     session.row("beam", lambda: agreement.decoding(session, (cpu, cpu), params, 4))
-    log_probs, gradients, beam = sound(session.rows)
-    assert gradients["worst_array"] < 1e-2 and beam["different"] == 0
+    of_cpu, _, gradients, _, exact, beam = sound(session.rows)
+    assert 0 < of_cpu["error"] == gradients["error"] < gradients["bound"]
+    assert exact["worst_array"] < 1e-6 and beam["different"] == 0
 
 
 @pytest.mark.slow
@@ -356,7 +373,8 @@ def test_a_step_and_a_decoding(session, tmp_path, compiled_quickly):
     step, beam = sound(session.rows)
     assert step["rows"] == session.sizes.most_rows and step["share_of_peak"] > 0
     assert 0 < len(step["kernels"]) <= profile.LONGEST and not step["cudnn"]
-    assert (tmp_path / "profile-base.trace.json.gz").stat().st_size > 0
+    for kind in ("trace.json.gz", "hlo.gz"):
+        assert (tmp_path / f"profile-base.{kind}").stat().st_size > 0
     assert beam["share_of_bandwidth"] > 0
 
 
