@@ -38,9 +38,10 @@ class BenchError(UserError):
 class BenchConfig:
     """Time this library beside the peers that are installed (requirements-bench.txt).
 
-    Each pair is one process of ours and one of the peer's, in turn. Rows of less than 10 ms get
-    more pairs, up to three times as many, until their interval is within ±3 %. Finished pairs are
-    kept: interrupted, the same command goes on with the next one. Nothing else should run beside.
+    Each pair is one process of ours and one of the peer's, in turn; those of the first pair
+    compile, and the others read what they compiled. Rows of less than 10 ms get more pairs, up to
+    three times as many, until their interval is within ±3 %. Finished pairs are kept: interrupted,
+    the same command goes on with the next one. Nothing else should run beside.
 
     With --device, what an accelerator does with this library is measured in the place of that; its
     flags: bench --device --help.
@@ -73,11 +74,22 @@ def _begins(known: str, name: str) -> bool:
 def _call(work: Workload, name: str, weights: Path, *more: str) -> str:
     """What a worker prints; BenchError with its last line where it fails."""
     command = [sys.executable, "-m", "experiments.bench.worker", work.id, name, str(weights), *more]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | compiled_in(weights.parent)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise BenchError(f"{work.id}, {name}: exit code {done.returncode}: {why}")
     return done.stdout
+
+
+def compiled_in(folder: Path) -> dict[str, str]:
+    """Where JAX and PyTorch keep what they compile: each process of a workload but the first of its
+    kind reads it there, and what an earlier call compiled is not known."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+    }
 
 
 def _check(work: Workload, name: str, weights: Path, folder: Path) -> np.ndarray:
@@ -134,8 +146,10 @@ def record(
         "least_seconds": least, "limit": median("peer", "seconds") / least,
         "share": least / median("ours", "seconds"),
     }  # fmt: skip
-    for key in ("first_seconds", "peak_bytes"):
-        row |= {f"our_{key}": median("ours", key), f"peer_{key}": median("peer", key)}
+    for name, side in (("our", "ours"), ("peer", "peer")):
+        # Of the first pair alone, whose processes had to compile.
+        row[f"{name}_first_seconds"] = pairs[0][side]["first_seconds"]
+        row[f"{name}_peak_bytes"] = median(side, "peak_bytes")
     row["disagreement"] = pairs[0]["disagreement"]
     return row
 

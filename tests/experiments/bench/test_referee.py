@@ -129,6 +129,30 @@ def test_disagreement_is_relative_to_the_largest_value():
     assert not disagreement(np.array([1.0]), np.array([np.nan])) <= 1e-4
 
 
+def test_only_the_first_pair_compiles(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.1")
+    first, *later = pairs_of((1.0, 2.0), (1.0, 2.0), (1.0, 2.0))
+    for pair in later:
+        pair["ours"]["first_seconds"] = pair["peer"]["first_seconds"] = 1.0
+    row = record(WORKLOADS["A1-64-forward"], PEER, [first, *later], LIMITS)
+    assert (row["our_first_seconds"], row["peer_first_seconds"]) == (10.0, 10.0)
+
+    seen = []
+
+    def process(command, env, **options):
+        seen.append({k: v for k, v in env.items() if v.startswith(str(tmp_path))})
+        return subprocess.CompletedProcess(command, 0, stdout="")
+
+    monkeypatch.setattr(referee.subprocess, "run", process)
+    for name in (OURS, PEER):
+        referee._call(WORKLOADS["T1"], name, tmp_path / "weights.safetensors")
+    folders = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+    }
+    assert seen == [folders, folders]
+
+
 class Workers:
     """In the place of the processes: ours takes 1 second, the peer 2; who was called is kept."""
 
