@@ -7,7 +7,7 @@ class UserError(ValueError):
 
 def told_in_one_line() -> tuple[type[Exception], ...]:
     """The errors that a user can mend; imported only when there is one, since that takes long."""
-    from tfm.checkpoint import CheckpointError
+    from experiments.checkpoints.checkpoint import CheckpointError
 
     return UserError, CheckpointError
 

@@ -13,13 +13,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
 from experiments.guard import Guard, Meter
 from experiments.peers import Peers
 from experiments.run_folder import RunFolder, RunFolderError, changes
-from tfm.checkpoint import CheckpointError, Checkpoints
 from tfm.config import TransformerConfig
-from tfm.mesh import fit_vocabulary
 from tfm.model import Transformer
+from tfm.parallel.mesh import fit_vocabulary
 from tfm.training import TrainState, param_shapes
 
 

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments.errors import UserError
 from experiments.run_folder import RunFolder
 from tfm.config import TransformerConfig
-from tfm.mesh import MeshConfig, batch_sharding, check_divides, make_mesh, state_shardings
+from tfm.parallel.mesh import MeshConfig, batch_sharding, check_divides, make_mesh, state_shardings
 from tfm.training import Batch, TrainState
 
 

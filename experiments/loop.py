@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
+from experiments.checkpoints.checkpoint import state_sha256
 from experiments.display import Display
 from experiments.errors import UserError
 from experiments.guard import Guard, Meter, Metrics
@@ -12,7 +13,6 @@ from experiments.keeper import Batches, Keeper
 from experiments.peers import Peers
 from experiments.run_folder import MetricsLog, RunFolder
 from experiments.stopping import StopSignal
-from tfm.checkpoint import state_sha256
 from tfm.training import TrainState
 
 

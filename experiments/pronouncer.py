@@ -16,8 +16,8 @@ from experiments.keeper import newest_model
 from experiments.run_folder import RunFolder, RunFolderError
 from experiments.vocabulary import BOS, EOS, PAD, Vocabulary
 from tfm.decoding import Decoded, beam_search, start_decoding
+from tfm.kernels.quantization import quantize
 from tfm.model import Transformer
-from tfm.quantization import quantize
 
 SHOWN = 60  # characters of a word in a message
 ROWS = 512  # words decoded together: one static shape, so one compilation

@@ -14,10 +14,10 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
+from experiments.checkpoints.manifest import write_durably
 from experiments.differences import differences
 from experiments.errors import UserError
 from tfm.config import TransformerConfig
-from tfm.manifest import write_durably
 
 
 class RunFolderError(UserError):

@@ -65,7 +65,7 @@ def relative_error(actual, expected):
 def products_in(function, *arguments, sums_of=None):
     """(left operand, right operand, result) types of each product in the lowered function.
 
-    But for those with [8, sums_of] ones that `tfm.precision.over_rows` sums so many rows with.
+    But for those with [8, sums_of] ones that `precision.broadcast_row` sums so many rows with.
     """
     text = jax.jit(function).lower(*arguments).as_text()
     operands = r"\(tensor<(\S*)x(\w+)>, tensor<(\S*)x(\w+)>\) -> tensor<\S*x(\w+)>"

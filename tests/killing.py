@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import run as command
-from tfm.checkpoint import Checkpoints
+from experiments.checkpoints.checkpoint import Checkpoints
 
 SAVE_EVERY = 10
 STEPS_A_KILL = 150  # more than a process does before it is killed

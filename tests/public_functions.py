@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import tfm
-from tfm.precision import linear
+from tfm.kernels.precision import linear
 
 CONFIG = tfm.TransformerConfig(
     vocab_size=11, d_model=8, d_ff=12, num_heads=2, num_encoder_layers=1, num_decoder_layers=1

@@ -74,10 +74,10 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
 def test_the_lines_that_load_a_model_run(tmp_path, monkeypatch, capsys):
     import jax
 
+    from experiments.checkpoints.checkpoint import Checkpoints
     from experiments.run_folder import plain, write_json
     from experiments.tasks.pronounce import PronounceConfig
     from tfm import Transformer, TransformerConfig, init_state, make_optimizer
-    from tfm.checkpoint import Checkpoints
 
     (block,) = set(BLOCKS) - set(FUNCTIONS)
     run = tmp_path / "runs" / "pronounce"

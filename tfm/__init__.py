@@ -23,13 +23,13 @@ from tfm.decoding import beam_search, greedy, sample, start_decoding
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_distribution, output_logits
 from tfm.feed_forward import feed_forward
+from tfm.kernels.quantization import quantize
 from tfm.layers import Functions
 from tfm.loss import label_smoothed_cross_entropy
 from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.model import Transformer, shift_right
 from tfm.normalization import layer_norm
 from tfm.positions import sinusoidal_positions
-from tfm.quantization import quantize
 from tfm.training import (
     TrainState,
     cosine_schedule,

@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from tfm.compilation import compiled
-from tfm.precision import floating, working_dtype
+from tfm.kernels.precision import floating, working_dtype
 from tfm.shapes import is_traced, nan_unless
 
 

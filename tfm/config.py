@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from tfm.attention import Implementation
+from tfm.kernels.attention import Implementation
 from tfm.positions import SinusoidLayout
 
 

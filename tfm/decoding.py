@@ -27,9 +27,9 @@ from jax import Array, lax, nn
 from jax.typing import ArrayLike
 
 from tfm.compilation import compiled
+from tfm.kernels.precision import working_dtype
 from tfm.layers import Functions
 from tfm.model import Memory, Still, Transformer, compiled_for_model
-from tfm.precision import working_dtype
 from tfm.shapes import assert_fits, assert_ids, is_traced, nan_unless
 
 Cache = Any

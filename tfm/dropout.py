@@ -6,7 +6,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tfm.compilation import compiled
-from tfm.precision import floating
+from tfm.kernels.precision import floating
 from tfm.shapes import assert_fits, is_traced, nan_unless
 
 

@@ -2,74 +2,14 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import Array, nn
 from jax.typing import DTypeLike
 
-from tfm import sharding
 from tfm.compilation import compiled
-from tfm.precision import linear, working_dtype
-from tfm.shapes import as_ids, assert_fits, assert_ids, nan_unless
-
-TABLE = ("vocabulary", None)
-
-
-def _batched(ids: Array) -> tuple[str | None, ...]:
-    """What the axes of ids mean: one sequence alone has no batch."""
-    return ("batch",) + (None,) * (ids.ndim - 1) if ids.ndim > 1 else (None,) * ids.ndim
-
-
-def _rows(table: Array, ids: Array) -> Array:
-    """table[ids], and NaN for an id outside the table."""
-    vocabulary, d_model = table.shape
-
-    def rows_of(table: Array, ids: Array) -> Array:
-        own = sharding.within_part(ids, "vocabulary", vocabulary)
-        # mode='fill' answers for an id outside the table, where clipping would hide the mistake.
-        rows = table.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-        return sharding.total(rows, "vocabulary", vocabulary)
-
-    rows = sharding.on_each_device(
-        rows_of,
-        (table, TABLE),
-        (ids, _batched(ids)),
-        out=((*ids.shape, d_model), (*_batched(ids), None)),
-    )
-    return nan_unless(((ids >= 0) & (ids < vocabulary))[..., None], rows)
-
-
-_lookup = jax.custom_vjp(_rows)
-
-
-def _lookup_forward(table, ids):
-    return _rows(table, ids), (table, ids)
-
-
-def _lookup_backward(residuals, cotangent):
-    table, ids = residuals
-    vocabulary, batch = len(table), ids.shape[0] if ids.ndim else 1
-
-    def gradient_of(table: Array, ids: Array, cotangent: Array) -> Array:
-        own = sharding.within_part(ids, "vocabulary", vocabulary).reshape(-1)
-        # Equal ids side by side are summed in one sweep, where a scatter would update row by row.
-        order = jnp.argsort(own)
-        rows = cotangent.reshape(-1, table.shape[1])[order]
-        gradient = jax.ops.segment_sum(
-            rows, own[order], num_segments=len(table), indices_are_sorted=True
-        )
-        gradient = gradient.astype(table.dtype)
-        return sharding.total(gradient, "batch", batch) if ids.ndim > 1 else gradient
-
-    batched = _batched(ids)
-    gradient = sharding.on_each_device(
-        gradient_of, (table, TABLE), (ids, batched), (cotangent, (*batched, None)),
-        out=(table.shape, TABLE),
-    )  # fmt: skip
-    return gradient, None
-
-
-_lookup.defvjp(_lookup_forward, _lookup_backward)
+from tfm.kernels.precision import linear, working_dtype
+from tfm.kernels.table import lookup
+from tfm.shapes import as_ids, assert_fits, assert_ids
 
 
 def embed(ids: Array, table: Array, *, scale: bool = True) -> Array:
@@ -79,7 +19,7 @@ def embed(ids: Array, table: Array, *, scale: bool = True) -> Array:
     Without `scale` E(id) alone, which is not the paper's.
 
     Inside jit, which cannot raise, an id outside [0, V) gives NaN. Its derivative by the table is
-    there in reverse mode alone, which is the faster for it (see `_lookup_backward`).
+    there in reverse mode alone, which is the faster for it (see `tfm.kernels.table`).
 
     Raises:
       AssertionError: a table that is not [V, D].
@@ -94,7 +34,7 @@ def embed(ids: Array, table: Array, *, scale: bool = True) -> Array:
 @partial(compiled, static_argnames="scale")
 def _embed(ids: Array, table: Array, scale: bool) -> Array:
     table = jnp.asarray(table)
-    rows = _lookup(table.astype(working_dtype(table)), as_ids(ids))
+    rows = lookup(table.astype(working_dtype(table)), as_ids(ids))
     return rows * table.shape[1] ** 0.5 if scale else rows
 
 

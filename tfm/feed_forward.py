@@ -8,7 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from tfm.compilation import compiled
 from tfm.dropout import dropout
-from tfm.precision import linear, over_rows
+from tfm.kernels.precision import broadcast_row, linear
 from tfm.shapes import assert_fits
 
 
@@ -51,4 +51,4 @@ def feed_forward(
 @partial(compiled, static_argnames="compute_dtype")
 def _affine(x: Array, w: Array, b: Array, compute_dtype: DTypeLike | None) -> Array:
     y = linear(x, w, compute_dtype)
-    return y + over_rows(b, y.shape)
+    return y + broadcast_row(b, y.shape)

@@ -19,12 +19,12 @@ from tfm.attention import (
 from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.feed_forward import feed_forward
+from tfm.kernels.precision import linear, matmul
+from tfm.kernels.quantization import Quantized, side_by_side
 from tfm.normalization import layer_norm
+from tfm.parallel.sharding import constrain, gather_for_compute, is_divided
 from tfm.positions import sinusoidal_positions
-from tfm.precision import linear, matmul
-from tfm.quantization import Quantized, side_by_side
 from tfm.shapes import with_axes
-from tfm.sharding import at_use, constrain, is_divided
 
 INITIALIZERS = {
     "xavier_uniform": nn.initializers.xavier_uniform(),
@@ -76,7 +76,9 @@ def matrix(module: nn.Module, name: str, shape: tuple[int, int]) -> Array | Quan
     given = module.get_variable("params", name)
     if isinstance(given, Quantized):
         return given
-    return at_use(name, module.param(name, INITIALIZERS[module.config.initializer], shape))
+    return gather_for_compute(
+        name, module.param(name, INITIALIZERS[module.config.initializer], shape)
+    )
 
 
 class LayerNorm(nn.Module):

@@ -1,17 +1,16 @@
 """§5.4 Label smoothing."""
 
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import jax.numpy as jnp
-from jax import Array, lax, nn
+from jax import Array, nn
 from jax.typing import ArrayLike
 
 from tfm.compilation import compiled
-from tfm.precision import on_cpu, working_dtype
+from tfm.kernels.label_smoothing import SmoothedOver, expected_logit
+from tfm.kernels.precision import working_dtype
 from tfm.shapes import as_ids, assert_fits, assert_ids, is_traced, nan_unless
-
-SmoothedOver = Literal["all", "others", "others_but_padding"]
 
 
 def label_smoothed_cross_entropy(
@@ -80,47 +79,6 @@ def _label_smoothed_cross_entropy(
     labels = as_ids(labels)
     inside = (labels >= 0) & (labels < vocab_size)
     label = jnp.where(inside, labels, 0)[..., None]
-    expected_logit = _expected_by_gather if on_cpu() else _expected_in_one_sum
     expected = expected_logit(over, vocab_size, logits, label, weights)
     is_distribution = (weights[0] >= 0) & (weights[1] >= 0)
     return nan_unless(inside & is_distribution, nn.logsumexp(logits, axis=-1) - expected)
-
-
-def _expected_by_gather(
-    over: SmoothedOver, vocab_size: int, logits: Array, label: Array, weights: tuple
-) -> Array:
-    """Σᵥ q(v) z(v): the label's logit, and a sum over the words that share ε."""
-    label_logit = jnp.take_along_axis(logits, label, axis=-1)[..., 0]
-    _, shares, number = _sharing(logits, label, over, vocab_size)
-    sharing = logits if shares is None else jnp.where(shares, logits, 0)
-    return _weighted(weights[0], label_logit) + _weighted(weights[1], sharing.sum(-1) / number)
-
-
-def _expected_in_one_sum(
-    over: SmoothedOver, vocab_size: int, logits: Array, label: Array, weights: tuple
-) -> Array:
-    """The same in one sweep: the gradient of a gather is a scatter, before which XLA for a GPU
-    would write the gradient of all logits to memory, and once more to round it."""
-    is_label, shares, number = _sharing(logits, label, over, vocab_size)
-    q = jnp.where(is_label, weights[0], 0)
-    q += weights[1] / number if shares is None else jnp.where(shares, weights[1] / number, 0)
-    return _weighted(q, logits).sum(-1)
-
-
-def _sharing(
-    logits: Array, label: Array, over: SmoothedOver, vocab_size: int
-) -> tuple[Array, Array | None, int]:
-    """Which word is the label, which words share ε (None: all), and their number."""
-    first = 1 if over == "others_but_padding" else 0
-    number = vocab_size - first - (over != "all")
-    words = lax.broadcasted_iota(label.dtype, logits.shape, logits.ndim - 1)
-    is_label = words == label
-    if number == logits.shape[-1]:
-        return is_label, None, number
-    shares = (words >= first) & (words < vocab_size)
-    return is_label, shares & ~is_label if over != "all" else shares, number
-
-
-def _weighted(weight: ArrayLike, logit: Array) -> Array:
-    """weight · logit, with 0 · −∞ = 0: a forbidden word without weight does not count."""
-    return weight * jnp.where((weight == 0) & jnp.isneginf(logit), 0, logit)

@@ -20,6 +20,7 @@ from tfm.compilation import compiled
 from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_logits
+from tfm.kernels.quantization import Quantized
 from tfm.layers import (
     INITIALIZERS,
     DecoderLayer,
@@ -30,9 +31,8 @@ from tfm.layers import (
     site_key,
 )
 from tfm.masks import causal_mask, padding_mask, segment_mask
-from tfm.quantization import Quantized
+from tfm.parallel.sharding import constrain, gather_for_compute
 from tfm.shapes import as_ids, assert_broadcasts, assert_fits, assert_ids, nan_unless, with_axes
-from tfm.sharding import at_use, constrain
 
 LAYERS = EncoderLayer, DecoderLayer
 REMAT_LAYERS = nn.remat(EncoderLayer), nn.remat(DecoderLayer)
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
         c = self.config
         rows = rows if name.endswith("positions") else c.padded(rows)
         init = nn.initializers.normal(c.d_model**-0.5)
-        return at_use(name, self.param(name, init, (rows, c.d_model)))
+        return gather_for_compute(name, self.param(name, init, (rows, c.d_model)))
 
     def _output(self) -> None:
         """The output's own matrix; drawn as if nothing were padded."""
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
         if output is None:
             w = self.target_table.T
         else:
-            w = output if isinstance(output, Quantized) else at_use("output", output)
+            w = output if isinstance(output, Quantized) else gather_for_compute("output", output)
         logits = output_logits(y, w, bias, compute_dtype=c.compute_dtype)
         logits = constrain(logits, "batch", None, "vocabulary")
         if logits.shape[-1] == c.vocab_size:

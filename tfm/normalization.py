@@ -5,7 +5,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tfm.compilation import compiled
-from tfm.precision import over_rows, working_dtype
+from tfm.kernels.precision import broadcast_row, working_dtype
 from tfm.shapes import assert_fits
 
 
@@ -27,5 +27,5 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: ArrayLike = 1e-6) -
     x = x.astype(working_dtype(x))
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    scale, bias = (over_rows(row, x.shape) for row in (scale, bias))
+    scale, bias = (broadcast_row(row, x.shape) for row in (scale, bias))
     return centred * lax.rsqrt(variance + epsilon) * scale + bias

@@ -17,8 +17,8 @@ from tfm.compilation import compiled
 from tfm.config import TransformerConfig
 from tfm.loss import SmoothedOver, assert_smoothing, label_smoothed_cross_entropy
 from tfm.model import Transformer, compiled_for_model, one_sequence, shift_right
+from tfm.parallel.sharding import constrain
 from tfm.shapes import assert_fits, assert_ids
-from tfm.sharding import constrain
 
 Batch = dict[str, Array]
 """Integer arrays [R, L]: source, target (labels); where a row holds several sequences, also their

@@ -12,6 +12,7 @@ import numpy as np
 from experiments.bench.contenders import Contender
 from experiments.bench.inputs import BOS, CHECKED, EOS, attention_inputs, examples, tokens
 from experiments.bench.workloads import Attention, Decoding, Stream, Training, Workload
+from experiments.checkpoints.safetensors_io import export_params, import_params
 from experiments.packing import packed_batches, packed_rows
 from tfm import (
     Transformer,
@@ -22,7 +23,6 @@ from tfm import (
     shift_right,
     start_decoding,
 )
-from tfm.sharing import export_params, import_params
 from tfm.training import (
     init_params,
     init_state,

@@ -76,7 +76,7 @@ class Transformer(nn.Module):
         return y @ self.target_table.weight.T
 
     def load(self, path: Path) -> None:
-        """Takes over the parameters that `tfm.sharing.export_params` wrote."""
+        """Takes over the parameters that `safetensors_io.export_params` wrote."""
         arrays = load_file(path)
         state = {"target_table.weight": arrays["embedding"]}
         if "source_embedding" in arrays:

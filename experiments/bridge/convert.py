@@ -23,10 +23,10 @@ from experiments.bridge.marian import export_marian, import_marian
 from experiments.bridge.pieces import own_ids, pieces_of, read_ids
 from experiments.bridge.torch_transformer import TorchOptions
 from experiments.bridge.torch_transformer import read_model as read_torch
+from experiments.checkpoints.manifest import sha256
 from experiments.translation.subwords import Subwords
 from experiments.translation.subwords import read_model as read_sentencepiece
 from experiments.translation.translator import Settings, Translator, load, write
-from tfm.manifest import sha256
 from tfm.model import Transformer
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -15,8 +15,8 @@ from flax import traverse_util
 
 from experiments.bridge.files import BridgeError, Tensors, named_few
 from tfm.config import TransformerConfig
+from tfm.kernels.quantization import Quantized
 from tfm.positions import sinusoidal_positions
-from tfm.quantization import Quantized
 from tfm.training import param_shapes
 
 Shapes = dict[str, tuple[int, ...]]

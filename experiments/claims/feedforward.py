@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 import tfm
 from experiments.claims import drawing, study
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact, paired_t
-from tfm.precision import linear
+from tfm.kernels.precision import linear
 
 WIDER = 100  # d_model without the network: 12·100² parameters in the attentions of 1 + 1 layers,
 # a little more than the 12·64² + 4·64·256 of the model with it

@@ -83,7 +83,7 @@ def code_of(claim: Claim) -> str:
     own = Path(str(sys.modules[claim.measure.__module__].__file__))
     shared = [here / f"{name}.py" for name in ("evidence", "study", "drawing")]
     shared += [here.parent / f"{name}.py" for name in ("data", "packing", "vocabulary", "figures")]
-    core = sorted((here.parent.parent / "tfm").glob("*.py"))
+    core = sorted((here.parent.parent / "tfm").rglob("*.py"))
     digest = hashlib.sha256()
     for file in (own, *shared, *core):
         digest.update(file.read_bytes())

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 import tfm
 from experiments.claims import drawing
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact
-from tfm.attention import masked_softmax
+from tfm.kernels.softmax import masked_softmax
 from tfm.training import param_shapes
 
 D_MODEL, BATCH, LENGTH = 64, 2, 16

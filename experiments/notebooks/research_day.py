@@ -19,8 +19,8 @@ from experiments.claims import study
 from experiments.claims.evidence import Budget, Hypothesis, Text, judge, paired_t
 from experiments.notebooks import plots
 from experiments.vocabulary import BOS
-from tfm.attention import masked_softmax
-from tfm.precision import matmul
+from tfm.kernels.precision import matmul
+from tfm.kernels.softmax import masked_softmax
 
 plots.use_light_theme()
 jax.config.update("jax_default_matmul_precision", "highest")  # so that a GPU rounds as a CPU does

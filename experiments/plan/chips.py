@@ -12,7 +12,7 @@ class Chip(NamedTuple):
     bfloat16: float
     """FLOP/s of dense matrix products of 16 bits that are summed in f32."""
     float32: float
-    """FLOP/s of exact f32 products, which `tfm.precision` asks for: not those of TF32."""
+    """FLOP/s of exact f32 products, which `tfm.kernels.precision` asks for: not those of TF32."""
     memory: float
     """Bytes."""
     bandwidth: float

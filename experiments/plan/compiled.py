@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.plan.work import Work
-from tfm.mesh import batch_sharding, make_mesh, state_shardings
 from tfm.model import Transformer
-from tfm.sharding import AXES
+from tfm.parallel.mesh import batch_sharding, make_mesh, state_shardings
+from tfm.parallel.sharding import AXES
 from tfm.training import (
     init_state,
     make_optimizer,

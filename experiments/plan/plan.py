@@ -16,7 +16,7 @@ from experiments.plan.speed import Assumed
 from experiments.plan.work import Work
 from experiments.tasks.translate_config import configured
 from tfm.config import TransformerConfig
-from tfm.mesh import MeshConfig
+from tfm.parallel.mesh import MeshConfig
 
 ChipName = Literal["all", "A100-40GB", "A100-80GB", "H100", "H200", "L4", "TPU-v4", "TPU-v5e",
                    "TPU-v5p", "TPU-v6e"]  # fmt: skip

@@ -32,7 +32,7 @@ from experiments.plan.work import (
     parameters,
 )
 from tfm.config import TransformerConfig
-from tfm.mesh import MeshConfig
+from tfm.parallel.mesh import MeshConfig
 
 HABITS = (GPU, TPU, CPU)
 

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from experiments.bench.workloads import attention_flops, forward_flops
 from experiments.plan.work import WORD, Work, parameters
-from tfm.sharding import RULES
+from tfm.parallel.sharding import LOGICAL_AXIS_RULES
 
-BATCH = RULES["batch"]
+BATCH = LOGICAL_AXIS_RULES["batch"]
 ROWS = ("scale", "bias", "b1", "b2")
-"""Parameters whose gradient is a product of 8 rows, of which one is needed (`tfm.precision`)."""
+"""Parameters whose gradient is a product of 8 rows, of which one is needed: see `broadcast_row`."""
 
 
 class Products(NamedTuple):

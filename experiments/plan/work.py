@@ -4,10 +4,10 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from tfm.attention import CHUNK
 from tfm.config import TransformerConfig
-from tfm.mesh import MeshConfig, check_divides
-from tfm.sharding import PARAMETERS
+from tfm.kernels.attention import CHUNK
+from tfm.parallel.mesh import MeshConfig, check_divides
+from tfm.parallel.sharding import PARAM_LOGICAL_AXES
 
 WORD = 4
 """Bytes of a number of the state, of a token and of an activation: all are of 32 bits.
@@ -67,7 +67,7 @@ class Work:
         return self.rows * self.target
 
     def keeps_weights(self, length: int, keys: int, platform: str) -> bool:
-        """Whether an attention has all of softmax(QKᵀ/√d_k) in memory, as `tfm.attention` decides.
+        """Whether an attention has all of softmax(QKᵀ/√d_k) in memory, as `kernels.attention` has.
 
         platform: 'cpu', 'cuda' or 'tpu'.
         """
@@ -91,7 +91,7 @@ class Parameter(NamedTuple):
 
     @property
     def meanings(self) -> tuple[str | None, ...]:
-        return PARAMETERS.get(self.name, (None,) * len(self.shape))
+        return PARAM_LOGICAL_AXES.get(self.name, (None,) * len(self.shape))
 
     @property
     def gathered(self) -> bool:

@@ -14,6 +14,7 @@ import chex
 import jax
 import numpy as np
 
+from experiments.checkpoints.safetensors_io import export_params
 from experiments.cluster import ClusterConfig, start
 from experiments.guard import Metrics
 from experiments.keeper import Batches
@@ -26,9 +27,8 @@ from experiments.stopping import StopSignal
 from experiments.wire import PeerError
 from tfm.config import TransformerConfig
 from tfm.loss import SmoothedOver
-from tfm.mesh import MeshConfig, fit_vocabulary
 from tfm.model import Transformer
-from tfm.sharing import export_params
+from tfm.parallel.mesh import MeshConfig, fit_vocabulary
 from tfm.training import (
     cosine_schedule,
     init_state,

@@ -12,6 +12,7 @@ from typing import Any
 import chex
 import numpy as np
 
+from experiments.checkpoints.checkpoint import Checkpoints, state_sha256
 from experiments.errors import UserError
 from experiments.keeper import check_newest, without_moments, write_final
 from experiments.layout import Layout, divisible
@@ -35,9 +36,8 @@ from experiments.translation.subwords import Subwords, train_subwords
 from experiments.translation.text import CorpusError
 from experiments.translation.translator import Settings, Translator, load
 from tfm.averaging import average
-from tfm.checkpoint import Checkpoints, state_sha256
-from tfm.mesh import fit_vocabulary
 from tfm.model import Transformer
+from tfm.parallel.mesh import fit_vocabulary
 
 
 def _vocabulary(

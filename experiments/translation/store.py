@@ -18,12 +18,18 @@ from typing import Any
 import grain
 import numpy as np
 
+from experiments.checkpoints.manifest import (
+    NAME,
+    DamagedError,
+    sha256,
+    verify_manifest,
+    write_manifest,
+)
 from experiments.errors import UserError
 from experiments.packing import endless_batches, fit_rows, pack
 from experiments.translation.cleaning import Clean
 from experiments.translation.subwords import Subwords
 from experiments.translation.text import CorpusError, chunks
-from tfm.manifest import NAME, DamagedError, sha256, verify_manifest, write_manifest
 
 _SIDES = ("source", "target")
 _OFFSET = np.dtype("<i8")

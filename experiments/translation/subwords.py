@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import sentencepiece
 
+from experiments.checkpoints.manifest import write_durably
 from experiments.errors import UserError
 from experiments.vocabulary import BOS, EOS, PAD
-from tfm.manifest import write_durably
 
 UNK = 3
 """The id, in a vocabulary of our own, of what no piece stands for; see `train_subwords`."""

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from experiments.checkpoints.manifest import sha256
 from experiments.errors import UserError
-from tfm.manifest import sha256
 
 Pair = tuple[str, str]
 

@@ -20,8 +20,8 @@ from experiments.translation.hypotheses import Hypothesis, Scored, best_of_parts
 from experiments.translation.long import TooLongError, parts_of
 from experiments.translation.search import Group, Mean, Rules, Sampling
 from experiments.translation.subwords import Subwords
+from tfm.kernels.quantization import quantize
 from tfm.model import Transformer
-from tfm.quantization import quantize
 
 SHOWN = 60  # characters of a sentence in a message
 

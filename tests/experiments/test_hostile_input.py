@@ -13,13 +13,13 @@ import pytest
 from killing import finish, write_words
 
 from experiments import data
+from experiments.checkpoints import manifest
+from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
+from experiments.checkpoints.safetensors_io import import_params
 from experiments.claims import ledger
 from experiments.errors import UserError
 from experiments.pronouncer import load
 from experiments.run_folder import RunFolder
-from tfm import manifest
-from tfm.checkpoint import CheckpointError, Checkpoints
-from tfm.sharing import import_params
 from tfm.training import param_shapes
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -133,7 +133,7 @@ READ_ALL = """
 import sys
 import jax
 from experiments.pronouncer import load
-from tfm.checkpoint import CheckpointError, Checkpoints
+from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
 refused, run, *folders = 0, *sys.argv[1:]
 like = load(run).params
 for folder in folders:

@@ -11,7 +11,7 @@ import tfm
 from experiments import layout
 from experiments.layout import Layout, LayoutError, divisible
 from experiments.packing import endless_batches
-from tfm.mesh import MeshConfig
+from tfm.parallel.mesh import MeshConfig
 
 MODEL = tfm.TransformerConfig(
     vocab_size=42, source_vocab_size=32, d_model=16, d_ff=32, num_heads=4, num_encoder_layers=1,

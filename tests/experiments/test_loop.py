@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from experiments import display, guard, stopping
+from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
 from experiments.keeper import check_newest
 from experiments.loop import DivergedError, Schedule, train
 from experiments.packing import packed_batches
 from experiments.run_folder import RunFolder, RunFolderError, write_json
 from experiments.stopping import StopSignal
-from tfm.checkpoint import CheckpointError, Checkpoints
 from tfm.training import TrainState, skip_nonfinite
 
 STEPS = 12

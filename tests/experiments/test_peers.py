@@ -15,10 +15,10 @@ from jax.errors import JaxRuntimeError
 from peering import STALL
 
 from experiments import cluster
+from experiments.checkpoints.checkpoint import CheckpointError
 from experiments.cluster import ClusterConfig
 from experiments.errors import UserError, exit_code, may_pass
 from experiments.peers import Peers
-from tfm.checkpoint import CheckpointError
 
 PROGRAM = Path(__file__).parents[1] / "peering.py"
 GO_ON = "the same command goes on from the newest checkpoint"

@@ -12,15 +12,15 @@ import pytest
 
 from experiments import predict as predict_module
 from experiments import pronouncer
+from experiments.checkpoints.checkpoint import Checkpoints
 from experiments.predict import PredictConfig, predict
 from experiments.pronouncer import Pronouncer, UnpronounceableError, load
 from experiments.run_folder import RunFolderError, plain, write_json
 from experiments.tasks.pronounce import PronounceConfig
 from experiments.vocabulary import BOS, Vocabulary
-from tfm.checkpoint import Checkpoints
 from tfm.config import TransformerConfig
+from tfm.kernels.quantization import Quantized
 from tfm.model import Transformer
-from tfm.quantization import Quantized
 from tfm.training import TrainState, init_state, make_optimizer
 
 LETTERS, PHONES = Vocabulary(tuple("abcdé")), Vocabulary(("AA", "B", "K", "D"))

@@ -30,8 +30,8 @@ from experiments.tasks.pronounce import (
 from experiments.tasks.training import make_valid_loss
 from experiments.vocabulary import BOS
 from tfm.config import TransformerConfig
-from tfm.mesh import MeshConfig
 from tfm.model import Transformer
+from tfm.parallel.mesh import MeshConfig
 from tfm.training import init_params
 
 

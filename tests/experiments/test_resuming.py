@@ -8,8 +8,8 @@ import pytest
 from killing import TINY, call, write_words
 
 from experiments import loop
+from experiments.checkpoints.checkpoint import Checkpoints
 from experiments.tasks import pronounce, training
-from tfm.checkpoint import Checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 STEPS = 60

@@ -25,10 +25,10 @@ from killing import call
 
 from experiments import loop
 from experiments import run as command
+from experiments.checkpoints.checkpoint import Checkpoints
 from experiments.metrics import word_error_rate
 from experiments.predict import PredictConfig
 from experiments.tasks import pronounce, training
-from tfm.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 SOUNDS = {"a": "AA", "b": "B", "c": "K", "d": "D", "e": "EH"}

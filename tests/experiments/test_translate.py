@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from killing import call
 
+from experiments.checkpoints.checkpoint import Checkpoints
+from experiments.checkpoints.safetensors_io import import_params
 from experiments.errors import UserError
 from experiments.run_folder import RunFolder, RunFolderError, plain, write_json
 from experiments.tasks import translate_texts
@@ -23,8 +25,6 @@ from experiments.tasks.translate_scores import translated
 from experiments.translation.cleaning import Limits
 from experiments.translation.subwords import train_subwords
 from experiments.translation.translator import load, write
-from tfm.checkpoint import Checkpoints
-from tfm.sharing import import_params
 from tfm.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

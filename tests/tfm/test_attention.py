@@ -212,7 +212,7 @@ MASK_SHAPES = [(), (5,), (4, 5), (2, 1, 1, 5), (2, 1, 4, 5), (1, 3, 1, 1), (2, 3
 @pytest.mark.parametrize("shape", [None, *MASK_SHAPES])
 @pytest.mark.parametrize("chunk", [1, 45, 10**6])  # one head at a time, two, and all
 def test_chunks_give_what_the_reference_gives(rng, x64, monkeypatch, shape, chunk):
-    monkeypatch.setattr("tfm.attention.CHUNK", chunk)
+    monkeypatch.setattr("tfm.kernels.attention.CHUNK", chunk)
     inputs = queries_keys_values(rng)
     mask = None if shape is None else jnp.asarray(rng.random(shape) < 2 / 3)
 
@@ -246,7 +246,7 @@ def lowered_for_cuda(monkeypatch, function, *shapes):
     """The program that a GPU would get. JAX asks for the version of a cuDNN that is not here."""
     version = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
     monkeypatch.setattr(version, lambda: 91_000)
-    monkeypatch.setattr("tfm.attention._cudnn_is_here", lambda: True)
+    monkeypatch.setattr("tfm.kernels.attention._cudnn_is_here", lambda: True)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     calls = [f"__cudnn$fmha{kind}Softmax{way}"
              for kind in ("", "ScaleBias") for way in ("", "Backward")]  # fmt: skip

@@ -36,7 +36,7 @@ from tfm import (
     start_decoding,
 )
 from tfm.jax_versions import RANGE
-from tfm.precision import turned
+from tfm.kernels.precision import blocked_transpose
 
 UNSOUND = f"jax {jax.__version__} is unsound (%s): install one of jax{RANGE}"
 
@@ -176,8 +176,11 @@ def decoded(search):
         lambda: trained(MODEL, accumulation=2, tokens_at_once=8),
         lambda: decoded(beam_search),
         lambda: decoded(partial(sample, key=jax.random.PRNGKey(0), top_k=5, top_p=0.9)),
-        lambda: (turned, jax.ShapeDtypeStruct((1024, 512), jnp.float32)),
-        lambda: (jax.grad(lambda x, w: turned(x @ w).sum(), 1), *jnp.ones((2, 1024, 1024))),
+        lambda: (blocked_transpose, jax.ShapeDtypeStruct((1024, 512), jnp.float32)),
+        lambda: (
+            jax.grad(lambda x, w: blocked_transpose(x @ w).sum(), 1),
+            *jnp.ones((2, 1024, 1024)),
+        ),
     ],
     ids=["training step", "beam search", "sampling", "turned", "gradient"],
 )
@@ -197,7 +200,9 @@ def test_labels_are_shifted_right_in_a_donated_buffer(shape):
 
 def test_a_matrix_is_turned_in_a_donated_buffer():
     x = np.arange(1024 * 512, dtype=np.float32).reshape(1024, 512)
-    flat = jax.jit(lambda x: turned(x + 1).reshape(1, -1, 1), donate_argnums=0)(jnp.asarray(x))
+    flat = jax.jit(lambda x: blocked_transpose(x + 1).reshape(1, -1, 1), donate_argnums=0)(
+        jnp.asarray(x)
+    )
     assert np.array_equal(np.ravel(flat), np.ravel(x.T + 1))
 
 

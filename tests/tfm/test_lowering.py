@@ -19,7 +19,7 @@ from tfm import (
     sample,
     start_decoding,
 )
-from tfm.mesh import MeshConfig, batch_sharding, make_mesh, state_shardings
+from tfm.parallel.mesh import MeshConfig, batch_sharding, make_mesh, state_shardings
 
 CONFIG = TransformerConfig(
     vocab_size=32,

@@ -14,8 +14,8 @@ from checks import (
     relative_error,
 )
 
+from tfm.kernels.precision import blocked_transpose, broadcast_row, linear, matmul
 from tfm.normalization import layer_norm
-from tfm.precision import linear, matmul, over_rows, turned
 
 BF16 = jnp.bfloat16
 
@@ -131,8 +131,8 @@ TALL = (1024, 520)  # rows that come in blocks, and enough of them
 @pytest.mark.parametrize("dtype", [jnp.float32, BF16])
 def test_turned_is_the_transpose(rng, shape, dtype):
     x = jnp.asarray(rng.standard_normal(shape), dtype)
-    assert bool((jax.jit(turned)(x) == x.T).all())
-    assert bool((jax.vmap(turned)(jnp.stack([x, -x])) == jnp.stack([x.T, -x.T])).all())
+    assert bool((jax.jit(blocked_transpose)(x) == x.T).all())
+    assert bool((jax.vmap(blocked_transpose)(jnp.stack([x, -x])) == jnp.stack([x.T, -x.T])).all())
 
 
 @pytest.mark.parametrize("compute_dtype", [None, BF16])
@@ -161,7 +161,7 @@ def test_a_repeated_row_gets_the_sum_of_its_gradients_in_both_modes(rng, x64):
     row, x = rng.standard_normal(5), rng.standard_normal((3, 4, 5))
 
     def of(row):
-        return jnp.sin(over_rows(row, x.shape) * x)
+        return jnp.sin(broadcast_row(row, x.shape) * x)
 
     reverse = jax.grad(lambda row: of(row).sum())(jnp.asarray(row))
     assert_close(reverse, (np.cos(row * x) * x).sum((0, 1)), 1e-12)
@@ -203,6 +203,6 @@ def test_accelerators_round_what_they_write(monkeypatch, backend, rounded):
 @pytest.mark.parametrize(("backend", "products"), [("gpu", 0), ("cpu", 1)])
 def test_only_a_cpu_sums_rows_by_a_product(monkeypatch, backend, products):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    gradient = jax.grad(lambda row: over_rows(row, (4, 8)).sum())
+    gradient = jax.grad(lambda row: broadcast_row(row, (4, 8)).sum())
     assert len(written_products(gradient, (8,))) == products
     assert_close(gradient(jnp.ones(8)), np.full(8, 4.0), 1e-6)

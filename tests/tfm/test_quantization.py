@@ -7,8 +7,8 @@ import pytest
 from checks import assert_close, assert_transforms_agree, products_in, relative_error
 
 from tfm import Transformer, TransformerConfig, greedy, quantize, start_decoding
-from tfm.precision import linear
-from tfm.quantization import Quantized, quantize_rows, side_by_side
+from tfm.kernels.precision import linear
+from tfm.kernels.quantization import Quantized, quantize_rows, side_by_side
 from tfm.training import init_params
 
 CONFIG = TransformerConfig(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import tfm
-from tfm import mesh as meshes
-from tfm import sharding
-from tfm.mesh import MeshConfig
+from tfm.parallel import mesh as meshes
+from tfm.parallel import sharding
+from tfm.parallel.mesh import MeshConfig
 from tfm.training import init_params
 
 MESHES = [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8), MeshConfig(2, 2, 2)]
@@ -240,7 +240,7 @@ def test_without_a_mesh_nothing_is_divided():
     x = jnp.ones((4, 4))
     assert not sharding.is_divided()
     assert sharding.constrain(x, "batch", None) is x
-    assert sharding.at_use("w1", x) is x
+    assert sharding.gather_for_compute("w1", x) is x
     with jax.set_mesh(meshes.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
         assert not sharding.is_divided()
 

@@ -27,7 +27,8 @@ from tfm import (
     shift_right,
     start_decoding,
 )
-from tfm.attention import Implementation, fits_cudnn, scaled_dot_product_attention
+from tfm.attention import scaled_dot_product_attention
+from tfm.kernels.attention import Implementation, fits_cudnn
 from tfm.training import init_params, summed_loss
 
 Devices = tuple[jax.Device, jax.Device]

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from experiments.bench.device import accelerator
 from experiments.bench.device.session import Row, Session
 from experiments.bench.device.timing import compile_timed, median_seconds, program_bytes
-from tfm.attention import Implementation, scaled_dot_product_attention
+from tfm.attention import scaled_dot_product_attention
+from tfm.kernels.attention import Implementation
 
 
 def shape_of(session: Session, length: int) -> tuple[int, int, int, int]:

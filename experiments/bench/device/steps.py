@@ -27,7 +27,7 @@ from experiments.plan.chips import CHIPS
 from experiments.plan.speed import Assumed, most_rows
 from experiments.plan.work import Work
 from tfm import Transformer, TransformerConfig, make_optimizer, make_train_step
-from tfm.mesh import MeshConfig
+from tfm.parallel.mesh import MeshConfig
 from tfm.training import TrainState
 
 VARIANTS = {

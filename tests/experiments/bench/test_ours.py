@@ -5,8 +5,8 @@ import pytest
 from experiments.bench.inputs import BOS, EOS, tokens
 from experiments.bench.ours import build, make_weights
 from experiments.bench.workloads import Decoding, Stream
+from experiments.checkpoints.safetensors_io import import_params
 from tfm import Transformer, TransformerConfig, greedy, start_decoding
-from tfm.sharing import import_params
 from tfm.training import param_shapes
 
 TINY = TransformerConfig(

@@ -14,7 +14,7 @@ from experiments.tasks import translate  # noqa: E402
 from experiments.tasks.training import make_valid_loss  # noqa: E402
 from experiments.tasks.translate_config import TranslateConfig, configured  # noqa: E402
 from experiments.translation.translator import load  # noqa: E402
-from tfm.mesh import MeshConfig  # noqa: E402
+from tfm.parallel.mesh import MeshConfig  # noqa: E402
 
 ENGLISH = ("one", "two", "three", "four", "five", "six", "seven")
 GERMAN = ("eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben")

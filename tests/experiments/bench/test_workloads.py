@@ -21,7 +21,7 @@ def used_product_flops(function, *arguments) -> int:
 def product_flops(jaxpr) -> int:
     """2·(size of the result)·(length of the contraction), over every dot_general within.
 
-    But for the sums of rows, which `tfm.precision.over_rows` has as products with [8, rows] ones.
+    But for the sums of rows, which `precision.broadcast_row` has as products with [8, rows] ones.
     """
     total = 0
     for equation in jaxpr.eqns:

@@ -15,7 +15,7 @@ import jax
 from experiments.plan.compiled import by_kind, compile_quickly, emitted
 from experiments.plan.work import Work
 from tfm.config import TransformerConfig
-from tfm.mesh import MeshConfig
+from tfm.parallel.mesh import MeshConfig
 
 
 def work_of(model: dict, mesh: list[int], rows: int, source: int, target: int) -> Work:

@@ -11,7 +11,7 @@ from experiments.plan.memory import CPU, temporary_bytes
 from experiments.plan.traffic import collectives, products
 from experiments.plan.work import Work, argument_bytes, parameters
 from tfm import BASE, BIG
-from tfm.mesh import MeshConfig
+from tfm.parallel.mesh import MeshConfig
 
 sys.path.append(str(Path(__file__).parent))  # pytest's importlib mode adds no folder of a test
 from compiling import by_kind, compiled_apart, said, work_of  # noqa: E402

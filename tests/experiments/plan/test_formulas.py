@@ -21,7 +21,7 @@ from experiments.plan.speed import Assumed, habits_on, most_rows, needed_bytes, 
 from experiments.plan.traffic import Collective, collectives, products
 from experiments.plan.work import COUNTERS, Work, argument_bytes, parameter_bytes, parameters
 from tfm import BASE, BIG, Transformer, TransformerConfig, init_state, make_optimizer
-from tfm.mesh import MeshConfig
+from tfm.parallel.mesh import MeshConfig
 
 SMALL = TransformerConfig(vocab_size=1000, vocab_multiple=8, d_model=64, d_ff=128, num_heads=8,
                           num_encoder_layers=2, num_decoder_layers=1)  # fmt: skip

@@ -22,7 +22,7 @@ from experiments.plan.memory import TPU, temporary_bytes
 from experiments.plan.traffic import products
 from experiments.plan.work import Work, argument_bytes, parameter_bytes
 from tfm import BASE, Transformer, beam_search, start_decoding
-from tfm.mesh import MeshConfig
+from tfm.parallel.mesh import MeshConfig
 
 # A layer of each, since the compiler takes most of a minute for them; sizes that fill a chip's
 # tiles of 8 × 128, and enough rows that the activations do not fit beside its processor.

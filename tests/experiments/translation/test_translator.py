@@ -16,8 +16,8 @@ from experiments.translation.ensemble import EnsembleError, ensemble, load_toget
 from experiments.translation.long import TooLongError
 from experiments.translation.subwords import SubwordError, Subwords
 from experiments.translation.translator import Settings, load, write
+from tfm.kernels.quantization import Quantized, quantize
 from tfm.model import Transformer
-from tfm.quantization import Quantized, quantize
 from tfm.training import init_params
 
 SENTENCES = [

@@ -10,7 +10,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import load_file, save
 
-from tfm.manifest import write_durably
+from experiments.checkpoints.manifest import write_durably
 
 
 def export_params(

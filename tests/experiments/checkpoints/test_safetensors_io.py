@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import tfm
-from tfm.sharing import export_params, import_params
+from experiments.checkpoints.safetensors_io import export_params, import_params
 from tfm.training import init_params
 
 MODEL = tfm.Transformer(

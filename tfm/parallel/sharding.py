@@ -8,7 +8,7 @@ A mesh of devices has three named axes:
 
 Under `jax.set_mesh(make_mesh(...))` the model computes the same numbers in parts, and XLA
 puts the communication between them; without a mesh all of this is the identity. What the parameters
-are called says how they lie (`PARAMETERS`), so the modules that own them know no mesh.
+are called says how they lie (`PARAM_LOGICAL_AXES`), so the modules that own them know no mesh.
 """
 
 import math
@@ -22,7 +22,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-RULES: dict[str | None, tuple[str, ...]] = {
+LOGICAL_AXIS_RULES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),  # d_model of a matrix, as it is stored
     "heads": ("tensor",),
@@ -32,7 +32,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
 }
 """Which axes of the mesh divide an axis of an array, by what the latter means."""
 
-PARAMETERS: dict[str, tuple[str | None, ...]] = {
+PARAM_LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocabulary", "embed"),
     "source_embedding": ("vocabulary", "embed"),
     "output": ("embed", "vocabulary"),
@@ -67,7 +67,7 @@ def is_divided() -> bool:
 
 def axes_of(meaning: str | None, size: int, sizes: dict[str, int]) -> tuple[str, ...]:
     """The mesh axes that divide an axis of `size`: none where they do not divide it evenly."""
-    axes = tuple(axis for axis in RULES[meaning] if sizes[axis] > 1)
+    axes = tuple(axis for axis in LOGICAL_AXIS_RULES[meaning] if sizes[axis] > 1)
     return axes if size % math.prod(sizes[axis] for axis in axes) == 0 else ()
 
 
@@ -94,7 +94,7 @@ def constrain(x: Array, *meanings: str | None) -> Array:
 
 
 def _whole(name: str, w: Array) -> Array:
-    used = [None if meaning == "embed" else meaning for meaning in PARAMETERS[name]]
+    used = [None if meaning == "embed" else meaning for meaning in PARAM_LOGICAL_AXES[name]]
     return constrain(w, *used)
 
 
@@ -102,21 +102,21 @@ _gathered = jax.custom_vjp(_whole, nondiff_argnums=(0,))
 
 
 def _gathered_backward(name: str, _: None, cotangent: Array) -> tuple[Array]:
-    return (constrain(cotangent, *PARAMETERS[name]),)
+    return (constrain(cotangent, *PARAM_LOGICAL_AXES[name]),)
 
 
 _gathered.defvjp(lambda name, w: (_whole(name, w), None), _gathered_backward)
 
 
-def at_use(name: str, w: Array) -> Array:
+def gather_for_compute(name: str, w: Array) -> Array:
     """The parameter of that name as a product wants it: what `fsdp` stores in parts, gathered.
 
     Its gradient is divided again as the parameter is.
     """
-    return _gathered(name, w) if is_divided() and name in PARAMETERS else w
+    return _gathered(name, w) if is_divided() and name in PARAM_LOGICAL_AXES else w
 
 
-def on_each_device(
+def shard_map_logical(
     function: Callable[..., Array],
     *parts: tuple[Array, tuple[str | None, ...]],
     out: tuple[tuple[int, ...], tuple[str | None, ...]],
@@ -138,21 +138,21 @@ def on_each_device(
 
 
 def _own_axes(meaning: str, size: int) -> tuple[str, ...]:
-    """Inside `on_each_device`: the mesh axes that divide an axis of that meaning and whole size."""
+    """In `shard_map_logical`: the mesh axes that divide an axis of that meaning and whole size."""
     mesh = jax.sharding.get_abstract_mesh()
     if not set(AXES) <= set(mesh.manual_axes):
         return ()
     return axes_of(meaning, size, dict(mesh.shape))
 
 
-def total(x: Array, meaning: str, size: int) -> Array:
-    """Inside `on_each_device`: Σ of x over the parts of an axis of that meaning and whole size."""
+def psum_over(x: Array, meaning: str, size: int) -> Array:
+    """In `shard_map_logical`: Σ of x over the parts of an axis of that meaning and whole size."""
     axes = _own_axes(meaning, size)
     return lax.psum(x, axes) if axes else x
 
 
-def within_part(ids: Array, meaning: str, size: int) -> Array:
-    """Inside `on_each_device`: where in this device's part of an axis the ids' elements are.
+def local_ids(ids: Array, meaning: str, size: int) -> Array:
+    """Inside `shard_map_logical`: where in this device's part of an axis the ids' elements are.
 
     Elements of the other parts are as many as one past its end.
     """

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tfm.config import TransformerConfig
-from tfm.sharding import AXES, PARAMETERS, RULES, partition
+from tfm.parallel.sharding import AXES, LOGICAL_AXIS_RULES, PARAM_LOGICAL_AXES, partition
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class MeshConfig:
 
     def parts(self, meaning: str | None) -> int:
         """Into how many parts an axis of that meaning is divided."""
-        return math.prod(self.sizes[axis] for axis in RULES[meaning])
+        return math.prod(self.sizes[axis] for axis in LOGICAL_AXIS_RULES[meaning])
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -94,7 +94,7 @@ def check_divides(
         numbers["vocabulary"]["source_vocab_size"] = config.padded(config.source_vocab_size)
     for meaning, named in numbers.items():
         parts = mesh.parts(meaning)
-        axes = " × ".join(f"mesh.{axis}={mesh.sizes[axis]}" for axis in RULES[meaning])
+        axes = " × ".join(f"mesh.{axis}={mesh.sizes[axis]}" for axis in LOGICAL_AXIS_RULES[meaning])
         for name, number in named.items():
             cut = accumulation if name == "rows" else 1
             if number // cut % parts:
@@ -107,7 +107,7 @@ def state_shardings(mesh: Mesh, state: chex.ArrayTree) -> chex.ArrayTree:
 
     def of(path: tuple[Any, ...], x: Any) -> NamedSharding:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        meanings = PARAMETERS.get(names[-1], ()) if names else ()
+        meanings = PARAM_LOGICAL_AXES.get(names[-1], ()) if names else ()
         return NamedSharding(mesh, partition(x.shape, meanings, mesh))
 
     return jax.tree_util.tree_map_with_path(of, state)
@@ -118,7 +118,7 @@ def fit_vocabulary(params: chex.ArrayTree, config: TransformerConfig) -> chex.Ar
 
     def of(path: tuple[Any, ...], x: Any) -> Any:
         name = path[-1].key
-        meanings = PARAMETERS.get(name, ())
+        meanings = PARAM_LOGICAL_AXES.get(name, ())
         if "vocabulary" not in meanings:
             return x
         axis = meanings.index("vocabulary")
@@ -134,4 +134,4 @@ def fit_vocabulary(params: chex.ArrayTree, config: TransformerConfig) -> chex.Ar
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How the rows of a batch lie."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(LOGICAL_AXIS_RULES["batch"]))

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, with Orbax and a manifest (`tfm.manifest`)."""
+"""Checkpoints on disk, with Orbax and a manifest (`experiments.checkpoints.manifest`)."""
 
 import contextlib
 import dataclasses
@@ -17,8 +17,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tfm import manifest
-from tfm.manifest import DamagedError
+from experiments.checkpoints import manifest
+from experiments.checkpoints.manifest import DamagedError
 from tfm.training import TrainState
 
 JOURNAL = "journal.json"

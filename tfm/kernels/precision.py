@@ -18,9 +18,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from tfm.compilation import compiled
-from tfm.quantization import Quantized, quantized_linear
+from tfm.kernels.quantization import Quantized, quantized_linear
+from tfm.parallel.sharding import is_divided
 from tfm.shapes import are_known
-from tfm.sharding import is_divided
 
 
 def on_cpu() -> bool:
@@ -135,7 +135,7 @@ def _linear(x: Array, w: Array) -> Array:
 def _linear_jvp(primals, tangents):
     (x, w), (dx, dw) = primals, tangents
     dtype = working_dtype(x, w)
-    by_w = _batched(turned(x), -2, dw, -2, dtype)
+    by_w = _batched(blocked_transpose(x), -2, dw, -2, dtype)
     return _linear(x, w), _batched(dx, -1, w, -2, dtype) + by_w
 
 
@@ -153,7 +153,9 @@ def _linear_backward(compute_dtype, rounded, operands, cotangent):
     grad_x = _batched(cotangent, -1, w, -1, compute_dtype, rounded)
     # The barrier: where w is a transpose (of tied embeddings), XLA would swap the operands of this
     # product to turn its result, and the CPU has no bf16 product of those.
-    grad_w = lax.optimization_barrier(_batched(turned(x), -1, cotangent, -2, compute_dtype))
+    grad_w = lax.optimization_barrier(
+        _batched(blocked_transpose(x), -1, cotangent, -2, compute_dtype)
+    )
     return grad_x.astype(x.dtype), grad_w.astype(w.dtype)
 
 
@@ -161,7 +163,7 @@ _low_precision_linear.defvjp(_linear_forward, _linear_backward)
 
 
 @compiled
-def turned(x: Array) -> Array:
+def blocked_transpose(x: Array) -> Array:
     """xᵀ, on a CPU written out a few rows at a time: [N, I] -> [I, N].
 
     All rows at once it would be read column by column, from another cache line each time.
@@ -182,7 +184,7 @@ def turned(x: Array) -> Array:
     return lax.platform_dependent(x, cpu=in_blocks, default=jnp.transpose)
 
 
-def over_rows(row: Array, shape: tuple[int, ...]) -> Array:
+def broadcast_row(row: Array, shape: tuple[int, ...]) -> Array:
     """`row` [D], repeated to `shape` [..., D]."""
     return _over_rows(*floating(row), shape)
 

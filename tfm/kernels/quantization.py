@@ -16,7 +16,7 @@ MATRICES = {"w_q", "w_k", "w_v", "w_o", "w1", "w2"}
 class Quantized:
     """A matrix [I, O] in 8 bits: column o is about values[o] · scale[o].
 
-    It lies transposed, as a product with few rows wants it; `tfm.precision.linear` takes it.
+    It lies transposed, as a product with few rows wants it; `precision.linear` takes it.
     """
 
     values: Array  # int8 [O, I]

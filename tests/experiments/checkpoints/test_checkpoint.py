@@ -15,8 +15,9 @@ import optax
 import pytest
 
 import tfm
-from tfm import TrainState, manifest
-from tfm.checkpoint import CheckpointError, Checkpoints, state_sha256
+from experiments.checkpoints import manifest
+from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints, state_sha256
+from tfm import TrainState
 
 OPTIMIZER = optax.adam(1e-3)
 NOTES = {"data": {"position": 17, "names": ["a", "ä"]}, "loss": 0.1, "best": None}
@@ -413,7 +414,7 @@ FULL_DISK = """
     import resource, signal, sys
     import jax
     import jax.numpy as jnp
-    from tfm.checkpoint import CheckpointError, Checkpoints
+    from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
     from tfm.training import TrainState
 
     def state(step):
@@ -459,7 +460,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_next_save_works(tmp_path):
 
 LEAVING = """
     import sys
-    from tests.tfm.test_checkpoint import NOTES, Checkpoints, some_state
+    from tests.experiments.checkpoints.test_checkpoint import NOTES, Checkpoints, some_state
 
     def run():
         with Checkpoints(sys.argv[1]) as checkpoints:

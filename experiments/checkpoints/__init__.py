@@ -1,0 +1,1 @@
+"""What training writes to disk: checkpoints, the manifests that prove them, parameters alone."""
