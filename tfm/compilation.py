@@ -1,5 +1,6 @@
 """When the public functions are compiled."""
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -22,6 +23,25 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
         return (function if _is_inside_jit(arguments, named) else alone)(*arguments, **named)
+
+    return call
+
+
+def compiled_if(
+    can_be_kept: Callable[..., bool], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`compiled` of a function whose keyword-only arguments are static, where `can_be_kept` of all
+    its arguments; else the function itself.
+
+    What is compiled keeps its static arguments for ever: functions that are made anew each time,
+    and all that they hold, would pile up.
+    """
+    kept = compiled(function, static_argnames=inspect.getfullargspec(function).kwonlyargs)
+
+    @wraps(function)
+    def call(*arguments: Any, **static: Any) -> Any:
+        chosen = kept if can_be_kept(*arguments, **static) else function
+        return chosen(*arguments, **static)
 
     return call
 

@@ -2,9 +2,9 @@
 
 All three take `step(tokens [B, W], index, cache) -> (logits [B, W, V], cache)`: the model's logits
 of the next token for W hypotheses of each of B sources. Every leaf of the cache is [B, W, ...] and
-goes with its hypothesis; what a `tfm.model.Still` holds stays where it is. All stop early when
-every hypothesis has ended. `max_length` counts the end symbol; a hypothesis that has not ended by
-then is returned as it is. After the end symbol come zeros. A bos outside the vocabulary is a
+goes with its hypothesis; what a `tfm.model.SharedCache` holds stays where it is. All stop early
+when every hypothesis has ended. `max_length` counts the end symbol; a hypothesis that has not ended
+by then is returned as it is. After the end symbol come zeros. A bos outside the vocabulary is a
 ValueError; an eos outside it is a symbol that never comes.
 
 A `step` that is a pytree of arrays, as that of `start_decoding` or a `jax.tree_util.Partial(
@@ -13,7 +13,6 @@ step of a model with `Functions` of its own, is taken as it is: put such a searc
 yours, outside of one it is compiled at each call. There bos may be traced too, or an array [B, 1].
 """
 
-import inspect
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -26,10 +25,10 @@ import numpy as np
 from jax import Array, lax, nn
 from jax.typing import ArrayLike
 
-from tfm.compilation import compiled
+from tfm.compilation import compiled_if
 from tfm.kernels.precision import working_dtype
 from tfm.layers import Functions
-from tfm.model import Memory, Still, Transformer, compiled_for_model
+from tfm.model import Memory, SharedCache, Transformer, compiled_for_model
 from tfm.shapes import assert_fits, assert_ids, is_traced, nan_unless
 
 Cache = Any
@@ -153,9 +152,9 @@ def _continued(log_probs: Array, ended: Array) -> Array:
     return jnp.where(ended[..., None], itself, log_probs)
 
 
-def _reorder(x: Array | Still, order: Array) -> Array | Still:
+def _reorder(x: Array | SharedCache, order: Array) -> Array | SharedCache:
     """Takes hypotheses of each source: x [B, W, ...], order [B, W'] -> [B, W', ...]."""
-    if isinstance(x, Still):
+    if isinstance(x, SharedCache):
         return x
     return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
@@ -206,22 +205,15 @@ def _start_decoding(params, source, *, model, num_hypotheses, max_length):
     return model.apply({"params": params}, source, num_hypotheses, max_length, method="start")
 
 
-def _compiled(search: Callable[..., Decoded]) -> Callable[..., Decoded]:
-    """The search, compiled once for all equal steps; its keyword-only arguments are static.
+def _can_be_kept(step: Step, *_: Any, bos: ArrayLike, **__: Any) -> bool:
+    """Whether a compiled search is for all equal steps: those of arrays, not plain functions, and
+    of a model without functions of its own; with one bos."""
+    own = isinstance(step, ModelStep) and step.model.functions != Functions()
+    arrays = all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(step))
+    return arrays and isinstance(bos, int) and not own
 
-    A plain function is not passed as an argument: the compiled search would keep it, and all that
-    it holds, alive. The same goes for a model with functions of its own.
-    """
-    static = inspect.getfullargspec(search).kwonlyargs
-    kept = compiled(search, static_argnames=static)
 
-    def run(step: Step, *arguments: Any, **static: Any) -> Decoded:
-        own = isinstance(step, ModelStep) and step.model.functions != Functions()
-        arrays = all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(step))
-        fixed = isinstance(static["bos"], int)
-        return (kept if arrays and fixed and not own else search)(step, *arguments, **static)
-
-    return run
+_compiled = partial(compiled_if, _can_be_kept)
 
 
 def _where(bos: ArrayLike, max_length: ArrayLike) -> dict[str, Any]:
@@ -333,7 +325,7 @@ def _beam_search(step, cache, eos, alpha, *, bos, max_length, penalty):
             log_probs=_reorder(totals.reshape(batch, width * vocabulary), best),
         )
         cache = jax.tree.map(
-            lambda x: _reorder(x, parent), cache, is_leaf=lambda x: isinstance(x, Still)
+            lambda x: _reorder(x, parent), cache, is_leaf=lambda x: isinstance(x, SharedCache)
         )
         return _append(inherited, choice, jnp.zeros_like(inherited.log_probs), eos, cache)
 

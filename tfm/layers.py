@@ -210,7 +210,7 @@ class ResidualSublayers(nn.Module):
             y = dropout(dropout_key, y, self.config.dropout_rate)
         return (x + y if pre else norm(x + y)), extra
 
-    def transform(self, x: Array, dropout_key: Array | None) -> Array:
+    def feed_forward_sublayer(self, x: Array, dropout_key: Array | None) -> Array:
         """The feed-forward sub-layer, the last of every layer."""
 
         def sublayer(x):
@@ -240,7 +240,7 @@ class EncoderLayer(ResidualSublayers):
             return self.attention.attend(*qkv, mask, site_key(dropout_key, 0), head_mask)
 
         x, weights = self.residual(self.attention_norm, x, attend, site_key(dropout_key, 1))
-        return self.transform(x, dropout_key), weights
+        return self.feed_forward_sublayer(x, dropout_key), weights
 
 
 class DecoderLayer(ResidualSublayers):
@@ -264,7 +264,7 @@ class DecoderLayer(ResidualSublayers):
         x, cross_weights = self.residual(
             self.cross_attention_norm, x, cross_attend, site_key(dropout_key, 1)
         )
-        return self.transform(x, dropout_key), extra, cross_weights
+        return self.feed_forward_sublayer(x, dropout_key), extra, cross_weights
 
     def __call__(
         self,

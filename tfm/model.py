@@ -5,9 +5,7 @@ goes in and comes out, attention weights are a second output, dropout draws from
 passes (None means no dropout).
 """
 
-import inspect
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from tfm.compilation import compiled
+from tfm.compilation import compiled, compiled_if
 from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_logits
@@ -54,7 +52,7 @@ class Memory(NamedTuple):
     mask: Array  # [B, 1, 1, S]
 
 
-class Still(NamedTuple):
+class SharedCache(NamedTuple):
     """What stays in its place when hypotheses branch."""
 
     layers: tuple[LayerCache, ...]  # of K = T·W positions: the W rows of each side by side
@@ -70,7 +68,7 @@ class Cache(NamedTuple):
     """
 
     rows: Array  # [B, W, T], the row, of W, where each position of a hypothesis is written
-    written: Still
+    written: SharedCache
 
 
 class Transformer(nn.Module):
@@ -180,7 +178,7 @@ class Transformer(nn.Module):
         assert_fits(f"head_masks[{kind!r}]", head_masks[kind], (layers, self.config.num_heads))
         return head_masks[kind]
 
-    def _through(
+    def _apply_stack(
         self,
         layers: Sequence[nn.Module],
         x: Array,
@@ -234,7 +232,7 @@ class Transformer(nn.Module):
         mask = segment_mask(segments, segments)
         x = self._embed("source", source, source_positions, site_key(dropout_key, 0))
         heads = self._head_masks(head_masks, "encoder", len(self.encoder))
-        x, weights = self._through(self.encoder, x, (mask,), dropout_key, heads)
+        x, weights = self._apply_stack(self.encoder, x, (mask,), dropout_key, heads)
         return self.encoder_norm(x) if self.config.has_final_norm else x, weights
 
     def decode(
@@ -260,7 +258,7 @@ class Transformer(nn.Module):
             self._head_masks(head_masks, kind, len(self.decoder)) for kind in ("decoder", "cross")
         ]
         context = (encoded, mask, cross_mask)
-        x, *weights = self._through(self.decoder, x, context, dropout_key, *heads)
+        x, *weights = self._apply_stack(self.decoder, x, context, dropout_key, *heads)
         return self.decoder_norm(x) if self.config.has_final_norm else x, *weights
 
     def __call__(
@@ -335,7 +333,7 @@ class Transformer(nn.Module):
         zeros = jnp.zeros(shape, memory[0].value.dtype)
         layers = tuple(LayerCache(jnp.swapaxes(zeros, -1, -2), zeros) for _ in self.decoder)
         rows = jnp.zeros((batch, num_hypotheses, max_length), jnp.int32)
-        return Memory(memory, padding_mask(source)), Cache(rows, Still(layers))
+        return Memory(memory, padding_mask(source)), Cache(rows, SharedCache(layers))
 
     def step(
         self, memory: Memory, tokens: Array, index: Array, cache: Cache
@@ -358,24 +356,12 @@ class Transformer(nn.Module):
         x = self.decoder_norm(x) if self.config.has_final_norm else x
         # Beyond the cache there is no room: NaN, since another position has been overwritten.
         logits = nan_unless((index >= 0) & (index < length), self.logits(x))
-        return logits, Cache(rows, Still(tuple(new)))
+        return logits, Cache(rows, SharedCache(tuple(new)))
 
 
 def compiled_for_model(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled` of a function whose keyword-only arguments, `model` one of them, are static.
-
-    For a model with `Functions` of its own it is the function itself: what is compiled keeps its
-    static arguments for ever, and with functions that are made anew each time they would pile up.
-    """
-    static = inspect.getfullargspec(function).kwonlyargs
-    kept = compiled(function, static_argnames=static)
-
-    @wraps(function)
-    def call(*arguments: Any, model: nn.Module, **options: Any) -> Any:
-        chosen = kept if model.functions == Functions() else function
-        return chosen(*arguments, model=model, **options)
-
-    return call
+    """`compiled_if` its keyword-only argument `model` has no `Functions` of its own."""
+    return compiled_if(lambda *_, model, **__: model.functions == Functions(), function)
 
 
 @compiled_for_model
