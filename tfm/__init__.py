@@ -41,43 +41,55 @@ from tfm.training import (
     summed_loss,
 )
 
+__version__ = "0.1.0"
+
+# In the paper's order, which is that of the API reference.
 __all__ = [
+    # §3 the model of Figure 1
+    "TransformerConfig",
     "BASE",
     "BIG",
-    "Functions",
-    "TrainState",
     "Transformer",
-    "TransformerConfig",
-    "attention_weights",
-    "average",
-    "beam_search",
-    "causal_mask",
-    "clip_by_global_norm",
-    "cosine_schedule",
-    "dropout",
-    "embed",
-    "feed_forward",
-    "global_norm",
-    "greedy",
-    "init_state",
-    "label_smoothed_cross_entropy",
+    "Functions",
+    "shift_right",
+    # §3.1 layer normalization
     "layer_norm",
-    "make_optimizer",
-    "make_train_step",
+    # §3.2 attention
+    "attention_weights",
+    "scaled_dot_product_attention",
+    "split_heads",
     "merge_heads",
     "multi_head_attention",
-    "output_distribution",
-    "output_logits",
+    "causal_mask",
     "padding_mask",
-    "paper_schedule",
-    "quantize",
-    "sample",
-    "scaled_dot_product_attention",
     "segment_mask",
-    "shift_right",
+    # §3.3 feed-forward networks
+    "feed_forward",
+    # §3.4 embeddings and the output
+    "embed",
+    "output_logits",
+    "output_distribution",
+    # §3.5 positions
     "sinusoidal_positions",
+    # §5.3 optimizer
+    "paper_schedule",
+    "cosine_schedule",
+    "global_norm",
+    "clip_by_global_norm",
+    "make_optimizer",
+    "TrainState",
+    "init_state",
+    "make_train_step",
     "skip_nonfinite",
-    "split_heads",
-    "start_decoding",
+    # §5.4 regularization
+    "dropout",
+    "label_smoothed_cross_entropy",
     "summed_loss",
+    # §6.1 decoding
+    "start_decoding",
+    "greedy",
+    "beam_search",
+    "sample",
+    "average",
+    "quantize",
 ]
