@@ -1,6 +1,7 @@
 """§3.1-3.3 The layers: thin linen modules that own parameters and call the functions."""
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,10 +66,36 @@ class LayerCache(NamedTuple):
         """Keys and values [B, H, K, d_k]; XLA takes the one transposition against the other."""
         return jnp.swapaxes(self.key, -1, -2), self.value
 
+    def write(self, key: Array, value: Array, position: Array) -> "LayerCache":
+        """The cache with those of some positions [B, H, L, d_k] written from `position` on."""
+        update = jax.lax.dynamic_update_slice_in_dim
+        keys = update(self.key, jnp.swapaxes(key, -1, -2), position, -1)
+        return LayerCache(keys, update(self.value, value, position, -2))
+
+
+class EncoderDropout(enum.IntEnum):
+    """Where an encoder layer drops out: each site has a key of its own, by its number."""
+
+    ATTENTION_WEIGHTS = 0
+    ATTENTION = 1
+    FEED_FORWARD = 2
+    HIDDEN = 5
+
+
+class DecoderDropout(enum.IntEnum):
+    """Where a decoder layer drops out."""
+
+    SELF_ATTENTION = 0
+    CROSS_ATTENTION = 1
+    FEED_FORWARD = 2
+    SELF_ATTENTION_WEIGHTS = 3
+    CROSS_ATTENTION_WEIGHTS = 4
+    HIDDEN = 5
+
 
 def site_key(key: Array | None, site: int) -> Array | None:
     """The key of one dropout site: independent of the order in which sites are computed."""
-    return None if key is None else jax.random.fold_in(key, site)
+    return None if key is None else jax.random.fold_in(key, int(site))
 
 
 def matrix(module: nn.Module, name: str, shape: tuple[int, int]) -> Array | Quantized:
@@ -137,7 +164,19 @@ class MultiHeadAttention(nn.Module):
             y += with_axes(jnp.concatenate([self.biases[n] for n in names]), y.ndim)
         return y
 
-    def project(self, x: Array, names: str) -> list[Array]:
+    def query_key_value(self, x: Array) -> list[Array]:
+        """Of self-attention: [..., L, D] -> three times [..., H, L, d_k]."""
+        return self._project(x, "qkv")
+
+    def query(self, x: Array) -> Array:
+        """[..., L, D] -> [..., H, L, d_k]"""
+        return self._project(x, "q")[0]
+
+    def key_value(self, x: Array) -> list[Array]:
+        """[..., K, D] -> twice [..., H, K, d_k]."""
+        return self._project(x, "kv")
+
+    def _project(self, x: Array, names: str) -> list[Array]:
         """[..., L, D] -> [..., H, L, d_k] for each of `names` ('q', 'kv' or 'qkv').
 
         One product and one transpose for all names together: faster than one of each a name.
@@ -189,37 +228,29 @@ class MultiHeadAttention(nn.Module):
         return self._linear(merge_heads(heads), "o"), weights
 
 
-class ResidualSublayers(nn.Module):
-    """What encoder and decoder layers share: x + Sublayer(x), normalised and dropped out."""
+class Layer(nn.Module):
+    """What encoder and decoder layers share: the residual connection around each sub-layer.
+
+    post, the paper's: LayerNorm(x + Dropout(Sublayer(x)))
+    pre:               x + Dropout(Sublayer(LayerNorm(x)))
+    """
 
     config: TransformerConfig
     functions: Functions = Functions()
 
-    def residual(
-        self,
-        norm: Callable[[Array], Array],
-        x: Array,
-        sublayer: Callable[[Array], tuple[Array, Any]],
-        dropout_key: Array | None,
-    ) -> tuple[Array, Any]:
-        """post: LayerNorm(x + Dropout(Sublayer(x))); pre: x + Dropout(Sublayer(LayerNorm(x)))."""
-        pre = self.config.norm_placement == "pre"
-        y, extra = sublayer(norm(x) if pre else x)
+    def sublayer_input(self, norm: LayerNorm, x: Array) -> Array:
+        """What a sub-layer reads: x, or pre-norm LayerNorm(x)."""
+        return norm(x) if self.config.norm_placement == "pre" else x
+
+    def add_and_norm(self, norm: LayerNorm, x: Array, y: Array, key: Array | None) -> Array:
+        """LayerNorm(x + Dropout(y)), "Add & Norm" of Figure 1; or pre-norm x + Dropout(y)."""
         y = constrain(y, "batch", None, None)
-        if dropout_key is not None:
-            y = dropout(dropout_key, y, self.config.dropout_rate)
-        return (x + y if pre else norm(x + y)), extra
-
-    def feed_forward_sublayer(self, x: Array, dropout_key: Array | None) -> Array:
-        """The feed-forward sub-layer, the last of every layer."""
-
-        def sublayer(x):
-            return self.feed_forward(x, site_key(dropout_key, 5)), None
-
-        return self.residual(self.feed_forward_norm, x, sublayer, site_key(dropout_key, 2))[0]
+        if key is not None:
+            y = dropout(key, y, self.config.dropout_rate)
+        return x + y if self.config.norm_placement == "pre" else norm(x + y)
 
 
-class EncoderLayer(ResidualSublayers):
+class EncoderLayer(Layer):
     def setup(self) -> None:
         self.attention = MultiHeadAttention(self.config, self.functions)
         self.attention_norm = LayerNorm(self.config, self.functions)
@@ -234,16 +265,17 @@ class EncoderLayer(ResidualSublayers):
         head_mask: Array | None = None,
     ) -> tuple[Array, Array]:
         """[..., S, D] -> the same, and the attention weights [..., H, S, S]."""
+        key, site = partial(site_key, dropout_key), EncoderDropout
 
-        def attend(x):
-            qkv = self.attention.project(x, "qkv")
-            return self.attention.attend(*qkv, mask, site_key(dropout_key, 0), head_mask)
+        qkv = self.attention.query_key_value(self.sublayer_input(self.attention_norm, x))
+        y, weights = self.attention.attend(*qkv, mask, key(site.ATTENTION_WEIGHTS), head_mask)
+        x = self.add_and_norm(self.attention_norm, x, y, key(site.ATTENTION))
 
-        x, weights = self.residual(self.attention_norm, x, attend, site_key(dropout_key, 1))
-        return self.feed_forward_sublayer(x, dropout_key), weights
+        y = self.feed_forward(self.sublayer_input(self.feed_forward_norm, x), key(site.HIDDEN))
+        return self.add_and_norm(self.feed_forward_norm, x, y, key(site.FEED_FORWARD)), weights
 
 
-class DecoderLayer(ResidualSublayers):
+class DecoderLayer(Layer):
     def setup(self) -> None:
         self.self_attention = MultiHeadAttention(self.config, self.functions)
         self.self_attention_norm = LayerNorm(self.config, self.functions)
@@ -254,17 +286,8 @@ class DecoderLayer(ResidualSublayers):
 
     def memory(self, encoded: Array) -> LayerCache:
         """The cross-attention's keys and values of the encoder's output."""
-        key, value = self.cross_attention.project(encoded, "kv")
+        key, value = self.cross_attention.key_value(encoded)
         return LayerCache(jnp.swapaxes(key, -1, -2), value)
-
-    def _sublayers(
-        self, x: Array, attend: Callable, cross_attend: Callable, dropout_key: Array | None
-    ) -> tuple[Array, Any, Array]:
-        x, extra = self.residual(self.self_attention_norm, x, attend, site_key(dropout_key, 0))
-        x, cross_weights = self.residual(
-            self.cross_attention_norm, x, cross_attend, site_key(dropout_key, 1)
-        )
-        return self.feed_forward_sublayer(x, dropout_key), extra, cross_weights
 
     def __call__(
         self,
@@ -277,19 +300,24 @@ class DecoderLayer(ResidualSublayers):
         cross_head_mask: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """[..., T, D] -> the same, and weights [..., H, T, T] and [..., H, T, S]."""
+        key, site = partial(site_key, dropout_key), DecoderDropout
 
-        def attend(x):
-            qkv = self.self_attention.project(x, "qkv")
-            return self.self_attention.attend(*qkv, mask, site_key(dropout_key, 3), head_mask)
+        qkv = self.self_attention.query_key_value(self.sublayer_input(self.self_attention_norm, x))
+        y, weights = self.self_attention.attend(
+            *qkv, mask, key(site.SELF_ATTENTION_WEIGHTS), head_mask
+        )
+        x = self.add_and_norm(self.self_attention_norm, x, y, key(site.SELF_ATTENTION))
 
-        def cross_attend(x):
-            (query,) = self.cross_attention.project(x, "q")
-            key_value = self.cross_attention.project(encoded, "kv")
-            return self.cross_attention.attend(
-                query, *key_value, cross_mask, site_key(dropout_key, 4), cross_head_mask
-            )
+        query = self.cross_attention.query(self.sublayer_input(self.cross_attention_norm, x))
+        y, cross_weights = self.cross_attention.attend(
+            query, *self.cross_attention.key_value(encoded), cross_mask,
+            key(site.CROSS_ATTENTION_WEIGHTS), cross_head_mask,
+        )  # fmt: skip
+        x = self.add_and_norm(self.cross_attention_norm, x, y, key(site.CROSS_ATTENTION))
 
-        return self._sublayers(x, attend, cross_attend, dropout_key)
+        y = self.feed_forward(self.sublayer_input(self.feed_forward_norm, x), key(site.HIDDEN))
+        x = self.add_and_norm(self.feed_forward_norm, x, y, key(site.FEED_FORWARD))
+        return x, weights, cross_weights
 
     def step(
         self,
@@ -306,19 +334,15 @@ class DecoderLayer(ResidualSublayers):
         needs no copy a hypothesis) and to all that the W rows have written; `mask` [B, 1, W, T·W]
         says what of it is a hypothesis's own.
         """
+        h = self.sublayer_input(self.self_attention_norm, x)
+        query, key, value = self.self_attention.query_key_value(h)
+        cache = cache.write(key, value, index * x.shape[1])
+        y, _ = self.self_attention.attend(query, *cache.pair(), mask)
+        x = self.add_and_norm(self.self_attention_norm, x, y, None)
 
-        def write(old, new, axis):
-            return jax.lax.dynamic_update_slice_in_dim(old, new, index * x.shape[1], axis)
+        query = self.cross_attention.query(self.sublayer_input(self.cross_attention_norm, x))
+        y, _ = self.cross_attention.attend(query, *memory.pair(), cross_mask)
+        x = self.add_and_norm(self.cross_attention_norm, x, y, None)
 
-        def attend(x):
-            query, key, value = self.self_attention.project(x, "qkv")
-            keys = write(cache.key, jnp.swapaxes(key, -1, -2), -1)
-            written = LayerCache(keys, write(cache.value, value, -2))
-            return self.self_attention.attend(query, *written.pair(), mask)[0], written
-
-        def cross_attend(x):
-            (query,) = self.cross_attention.project(x, "q")
-            return self.cross_attention.attend(query, *memory.pair(), cross_mask)
-
-        x, cache, _ = self._sublayers(x, attend, cross_attend, None)
-        return x, cache
+        y = self.feed_forward(self.sublayer_input(self.feed_forward_norm, x))
+        return self.add_and_norm(self.feed_forward_norm, x, y, None), cache

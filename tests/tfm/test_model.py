@@ -215,8 +215,7 @@ def test_attention_module_equals_the_function(rng, options):
     mask = jnp.asarray(rng.random((3, 1, 4, 6)) < 0.7)
 
     def attend(module, x, y):
-        (query,) = module.project(x, "q")
-        return module.attend(query, *module.project(y, "kv"), mask)[0]
+        return module.attend(module.query(x), *module.key_value(y), mask)[0]
 
     shapes = jax.eval_shape(partial(module.init, method=attend), jax.random.key(0), x, y)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape), shapes["params"])
