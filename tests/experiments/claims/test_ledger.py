@@ -113,16 +113,19 @@ def test_the_code_of_a_claim_is_its_own_and_what_it_stands_on(monkeypatch):
     codes = {claim.id: ledger.code_of(claim) for claim in CLAIMS.values()}
     assert len(set(codes.values())) == 11
     read = Path.read_bytes
-    changed = "dropout.py"
+    folder, changed = "claims", "dropout.py"
 
     def edited(self):
-        return read(self) + (b"#" if self.parent.name == "claims" and self.name == changed else b"")
+        return read(self) + (b"#" if self.parent.name == folder and self.name == changed else b"")
 
     monkeypatch.setattr(Path, "read_bytes", edited)
     again = {claim.id: ledger.code_of(claim) for claim in CLAIMS.values()}
     assert [name for name in codes if codes[name] != again[name]] == ["dropout"]
-    changed = "study.py"
-    assert all(codes[claim.id] != ledger.code_of(claim) for claim in CLAIMS.values())
+    for folder, changed in (  # noqa: B007  edited reads them
+        ("claims", "study.py"), ("tfm", "layers.py"), ("kernels", "precision.py"),
+        ("parallel", "sharding.py"),
+    ):  # fmt: skip
+        assert all(codes[claim.id] != ledger.code_of(claim) for claim in CLAIMS.values())
 
 
 def test_an_unknown_claim_lists_the_known_ones(tmp_path, capsys, monkeypatch):
