@@ -78,7 +78,7 @@ def scaled_dot_product_attention(
         chunked: a few heads at a time, and anew in the backward pass: O(L·K) memory for those
           only. Its derivative is there in reverse mode alone. Where a size is 0, or symbolic (of
           `jax.export`), it is the reference.
-        cudnn: NVIDIA's fused kernel, for operands that `fits_cudnn`.
+        cudnn: NVIDIA's fused kernel, for operands that `tfm.kernels.attention.fits_cudnn`.
         auto: cudnn on a GPU where it fits, chunked on a CPU whose cache the logits overflow, or
           else reference.
 

@@ -68,8 +68,9 @@ class TransformerConfig:
     initializer: Literal["xavier_uniform", "lecun_normal", "he_normal"] = "xavier_uniform"
     """Initialiser of the weight matrices. Embeddings are normal with deviation 1/√d_model."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
-    """Operands of the matrix products. bfloat16 still sums in f32 and keeps f32 parameters; float64
-    is for checks, under `jax_enable_x64`. auto: what suits the devices, see `for_platform`."""
+    """Operands of the matrix products. bfloat16 still sums in f32 and keeps f32 parameters, and a
+    GPU or TPU rounds the sums between layers too; float64 is for checks, under `jax_enable_x64`.
+    auto: what suits the devices, see `for_platform`."""
     attention: Implementation = "auto"
     """How attention is computed, to the same result: see `tfm.scaled_dot_product_attention`."""
     scan_layers: bool = False

@@ -22,7 +22,8 @@ def label_smoothed_cross_entropy(
 ) -> Array:
     """−Σᵥ q(v) log p(v) with q = (1 − ε)·onehot(label) + ε/V and p = softmax(logits) (§5.4).
 
-    In the form lse(z) − (1 − ε)·z_y − ε·mean(z), which needs no one-hot array; in nats a token.
+    In the form lse(z) − (1 − ε)·z_y − ε·mean(z), which needs no one-hot array, on a CPU; elsewhere
+    as lse(z) − Σᵥ q(v) z(v), which is one sweep there. In nats a token.
 
     The paper does not say which words share ε. Over `all`, as here, the label gets 1 − ε + ε/V.
     Over the `others` it gets 1 − ε, and each of them ε/(V − 1) (tensor2tensor, fairseq);

@@ -74,7 +74,8 @@ def _begins(known: str, name: str) -> bool:
 def _call(work: Workload, name: str, weights: Path, *more: str) -> str:
     """What a worker prints; BenchError with its last line where it fails."""
     command = [sys.executable, "-m", "experiments.bench.worker", work.id, name, str(weights), *more]
-    environment = os.environ | compiled_in(weights.parent)
+    # A check may compile what is timed, whose first run has to.
+    environment = os.environ | compiled_in(weights.parent / ("check" if more else "timed"))
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -12,7 +12,8 @@ from tfm.parallel.sharding import PARAM_LOGICAL_AXES
 WORD = 4
 """Bytes of a number of the state, of a token and of an activation: all are of 32 bits.
 
-With `compute_dtype=bfloat16` too: operands alone are rounded, products are summed in f32."""
+With `compute_dtype=bfloat16` too: operands alone are rounded, products are summed in f32. That is
+how a CPU has it; a GPU or TPU writes the sums between layers in half as many."""
 
 
 @dataclasses.dataclass(frozen=True)

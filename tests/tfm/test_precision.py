@@ -200,6 +200,14 @@ def test_accelerators_round_what_they_write(monkeypatch, backend, rounded):
     assert products == [("bf16", "bf16", result) for result in written]
 
 
+def test_the_default_device_says_what_a_program_is_for(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for device in ("cpu", jax.devices("cpu")[0]):
+        with jax.default_device(device):
+            (product,) = written_products(lambda x, w: linear(x, w, BF16), (4, 8), (8, 16))
+        assert product == ("bf16", "bf16", "f32")
+
+
 @pytest.mark.parametrize(("backend", "products"), [("gpu", 0), ("cpu", 1)])
 def test_only_a_cpu_sums_rows_by_a_product(monkeypatch, backend, products):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)

@@ -24,9 +24,15 @@ from tfm.shapes import are_known
 
 
 def on_cpu() -> bool:
-    """Whether to write sums as XLA for the CPU has them fast. By the default device of the process:
-    of `lax.platform_dependent` JAX compiles the transpose anew in each gradient outside of jit."""
-    return jax.default_backend() == "cpu"
+    """Whether to write sums as XLA for the CPU has them fast.
+
+    By `jax.default_device`, or else the process's first device: a program that is lowered for
+    another platform keeps the form of this one. Of `lax.platform_dependent` JAX would compile the
+    transpose anew in each gradient outside of jit.
+    """
+    device = jax.config.jax_default_device  # None, a platform by name, or a device
+    platform = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return platform == "cpu"
 
 
 def working_dtype(*arrays: Array) -> jnp.dtype:
@@ -52,12 +58,13 @@ def _batched(
     batch = tuple(range(a.ndim - 2))
     axes = (((a.ndim + a_axis,), (b.ndim + b_axis,)), (batch, batch))
     summed_in = jnp.promote_types(jnp.float32, compute_dtype)
+    rounded = rounded and compute_dtype == jnp.bfloat16 and not on_cpu()  # float16 might overflow
     product = lax.dot_general(
         a.astype(compute_dtype),
         b.astype(compute_dtype),
         axes,
         precision=lax.Precision.HIGHEST,
-        preferred_element_type=compute_dtype if rounded and not on_cpu() else summed_in,
+        preferred_element_type=compute_dtype if rounded else summed_in,
     )
     return product.astype(summed_in)
 
@@ -110,8 +117,8 @@ def linear(
 ) -> Array:
     """x w, one row at a time; of a `Quantized` matrix in 8 bits, whatever the compute_dtype.
 
-    x: [..., I], w: [I, O] -> [..., O] in f32, or the wider of the inputs. With a compute_dtype a
-    GPU or TPU rounds it, and its gradient by x, to that unless `rounded` is False.
+    x: [..., I], w: [I, O] -> [..., O] in f32, or the wider of the inputs. In bfloat16 a GPU or TPU
+    rounds it too, and its gradient by x, unless `rounded` is False.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if isinstance(w, Quantized):

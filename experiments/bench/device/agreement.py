@@ -42,7 +42,8 @@ def relative_error(result: Any, reference: Any) -> float:
     """‖x − y‖ / ‖y‖ over all arrays of two trees, in float64; NaN where one has a NaN."""
     pairs = list(zip(jax.tree.leaves(result), jax.tree.leaves(reference), strict=True))
     x, y = (np.concatenate([np.float64(p[i]).ravel() for p in pairs]) for i in (0, 1))
-    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
+    apart = np.linalg.norm(x - y)
+    return float(apart / np.linalg.norm(y)) if apart else 0.0  # of zeros alone too
 
 
 def judged(error: float, bound: float, **more: Any) -> Row:
@@ -55,7 +56,8 @@ def on_both(devices: Sequence[jax.Device], functions: Sequence[Callable], *argum
 
     def compiled(device: jax.Device, function: Callable) -> Any:
         placed = jax.device_put(arguments, device)
-        return jax.jit(function).lower(*placed).compile(), placed
+        with jax.default_device(device):  # each in the form that is for its device
+            return jax.jit(function).lower(*placed).compile(), placed
 
     with ThreadPoolExecutor() as pool:  # the two compilers do not wait for each other
         programs = list(pool.map(compiled, devices, functions))

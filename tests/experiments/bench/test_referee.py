@@ -144,13 +144,16 @@ def test_only_the_first_pair_compiles(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0, stdout="")
 
     monkeypatch.setattr(referee.subprocess, "run", process)
-    for name in (OURS, PEER):
-        referee._call(WORKLOADS["T1"], name, tmp_path / "weights.safetensors")
-    folders = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
-    }
-    assert seen == [folders, folders]
+    for name, *more in ((OURS, "--check", "file"), (OURS,), (PEER,)):
+        referee._call(WORKLOADS["T1"], name, tmp_path / "weights.safetensors", *more)
+    check, *timed = (
+        {
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / folder / "jax"),
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / folder / "inductor"),
+        }
+        for folder in ("check", "timed", "timed")
+    )
+    assert seen == [check, *timed]
 
 
 class Workers:
