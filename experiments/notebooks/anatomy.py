@@ -165,7 +165,7 @@ attention = params["encoder_0"]["attention"]
 query, key, value = (tfm.split_heads(x @ attention[name], 4) for name in ("w_q", "w_k", "w_v"))
 
 assert query.shape == (4, 9, 16)  # heads, words, d_k
-jax.tree.map(agree, [query, key, value], own["encoder_0"]["attention"]["project"][0])
+jax.tree.map(agree, [query, key, value], own["encoder_0"]["attention"]["query_key_value"][0])
 agree(tfm.merge_heads(query), x @ attention["w_q"])  # nothing is lost by cutting
 
 # %% [markdown]
