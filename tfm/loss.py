@@ -80,6 +80,6 @@ def _label_smoothed_cross_entropy(
     labels = as_ids(labels)
     inside = (labels >= 0) & (labels < vocab_size)
     label = jnp.where(inside, labels, 0)[..., None]
-    expected = expected_logit(over, vocab_size, logits, label, weights)
+    expected = expected_logit(logits, label, weights, over, vocab_size)
     is_distribution = (weights[0] >= 0) & (weights[1] >= 0)
     return nan_unless(inside & is_distribution, nn.logsumexp(logits, axis=-1) - expected)

@@ -25,6 +25,7 @@ from tfm import (
     scaled_dot_product_attention,
     split_heads,
 )
+from tfm.kernels import attention as kernels_attention
 
 # One compilation serves all tests with the same shapes; an eager call compiles each operation.
 weights_of = jax.jit(attention_weights)
@@ -293,6 +294,20 @@ def test_cudnn_reads_a_mask_once_for_all_that_share_it(monkeypatch, mask, bias):
     (operands,) = re.findall(r"__cudnn\$fmha\w*Softmax\(.*: \((.*?)\) ->", program)
     numbers = re.findall(r"tensor<([\dx]+)xbf16>", operands)
     assert numbers[3:4] == ([] if bias is None else [bias])
+
+
+def test_cudnn_sees_no_query_without_a_key(monkeypatch):
+    seen = []
+
+    def fused(query, key, value, mask, implementation):
+        seen.append(mask)
+        return jnp.ones_like(query)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    mask = jnp.array([[True, False, False, True], [False] * 4] * 2)
+    out = kernels_attention._cudnn(*[jnp.ones(FITTING)] * 3, mask, jnp.bfloat16)
+    assert np.array_equal(seen[0][0, 0], mask | jnp.array([[False], [True]] * 2))
+    assert np.array_equal(out, np.broadcast_to(np.array([1, 0, 1, 0])[:, None], FITTING))
 
 
 @pytest.mark.usefixtures("traced_anew")

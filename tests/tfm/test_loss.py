@@ -227,7 +227,7 @@ def test_accelerators_sum_what_a_cpu_gathers(rng, x64, over, vocab_size, weights
 
     def both(way):
         def total(logits, weights):
-            return way(over, vocab_size, logits, labels, weights).sum()
+            return way(logits, labels, weights, over, vocab_size).sum()
 
         arguments = jnp.asarray(logits), tuple(map(jnp.asarray, weights))
         value, (by_logits, by_weights) = jax.value_and_grad(total, argnums=(0, 1))(*arguments)

@@ -13,19 +13,19 @@ SmoothedOver = Literal["all", "others", "others_but_padding"]
 
 
 def expected_logit(
-    over: SmoothedOver,
-    vocab_size: int,
     logits: Array,
     label: Array,
     weights: tuple[ArrayLike, ArrayLike],
+    over: SmoothedOver,
+    vocab_size: int,
 ) -> Array:
     """Σᵥ q(v) z(v): logits [..., V], label [..., 1], weights 1 − ε and ε -> [...]"""
     way = by_gather if on_cpu() else in_one_sum
-    return way(over, vocab_size, logits, label, weights)
+    return way(logits, label, weights, over, vocab_size)
 
 
 def by_gather(
-    over: SmoothedOver, vocab_size: int, logits: Array, label: Array, weights: tuple
+    logits: Array, label: Array, weights: tuple, over: SmoothedOver, vocab_size: int
 ) -> Array:
     """The label's logit, and a sum over the words that share ε."""
     label_logit = jnp.take_along_axis(logits, label, axis=-1)[..., 0]
@@ -35,7 +35,7 @@ def by_gather(
 
 
 def in_one_sum(
-    over: SmoothedOver, vocab_size: int, logits: Array, label: Array, weights: tuple
+    logits: Array, label: Array, weights: tuple, over: SmoothedOver, vocab_size: int
 ) -> Array:
     """The same in one sweep: the gradient of a gather is a scatter, before which XLA for a GPU
     would write the gradient of all logits to memory, and once more to round it."""

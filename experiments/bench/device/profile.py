@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -38,20 +39,26 @@ def device_events(trace: dict[str, Any]) -> list[dict[str, Any]]:
     return streams or [e for e in complete if "hlo_op" in e.get("args", {})]
 
 
-def longest(trace: dict[str, Any]) -> list[dict[str, Any]]:
-    """The kernels with the most seconds in all: name, what its first call computes in JAX's words,
-    seconds, calls, and the share of the sum."""
-    seconds, calls, works = Counter[str](), Counter[str](), {}
+def longest(trace: dict[str, Any], program: str) -> list[dict[str, Any]]:
+    """The kernels with the most seconds in all: name, what it computes in JAX's words where one of
+    the program's fusions has that name, seconds, calls, and the share of the sum."""
+    seconds, calls = Counter[str](), Counter[str]()
+    named = re.findall(r'%?([\w.-]+) = .*op_name="([^"]*)"', program)
+    computes = {name.replace(".", "_"): operation for name, operation in named}
     for event in device_events(trace):
         seconds[event["name"]] += event.get("dur", 0) / 1e6
         calls[event["name"]] += 1
-        works.setdefault(event["name"], event.get("args", {}).get("name", ""))
     total = sum(seconds.values()) or 1.0
     return [
-        {"kernel": name, "computes": works[name], "seconds": spent, "calls": calls[name],
-         "share_of_kernels": spent / total}
+        {
+            "kernel": name,
+            "computes": computes.get(name.replace(".", "_")),
+            "seconds": spent,
+            "calls": calls[name],
+            "share_of_kernels": spent / total,
+        }
         for name, spent in seconds.most_common(LONGEST)
-    ]  # fmt: skip
+    ]
 
 
 def longest_kernels(session: Session, name: str, run: Callable[[], Any], program: str) -> Row:
@@ -65,7 +72,7 @@ def longest_kernels(session: Session, name: str, run: Callable[[], Any], program
             with jax.profiler.trace(folder):
                 jax.block_until_ready(run())
             (file,) = Path(folder).rglob("*.trace.json.gz")
-            kernels = longest(json.loads(gzip.decompress(file.read_bytes())))
+            kernels = longest(json.loads(gzip.decompress(file.read_bytes())), program)
             kept = {"trace.json.gz": file.read_bytes(), "hlo.gz": gzip.compress(program.encode())}
             for kind, written in kept.items():
                 if len(written) <= MOST_KEPT:

@@ -238,26 +238,32 @@ def test_kernels_are_those_of_the_device_streams():
         return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}
 
     def ran(name, pid, tid, microseconds):
-        more = {"name": f"jit(step)/{name}"} if name == "gemm" else {}
-        return {"ph": "X", "name": name, "pid": pid, "tid": tid, "dur": microseconds, "args": more}
+        return {"ph": "X", "name": name, "pid": pid, "tid": tid, "dur": microseconds, "args": {}}
 
     events = [
         {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}},
         {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "/host:CPU"}},
         named("thread_name", 1, 7, "Stream #7(Compute)"), named("thread_name", 1, 8, "XLA Ops"),
         named("thread_name", 2, 7, "Stream of nothing"),
-        ran("gemm", 1, 7, 30), ran("fusion", 1, 7, 20), ran("gemm", 1, 7, 50),
+        ran("gemm", 1, 7, 30), ran("add_fusion_28", 1, 7, 20), ran("gemm", 1, 7, 50),
         ran("gemm again", 1, 8, 80), ran("python", 2, 7, 1e6),
     ]  # fmt: skip
-    assert profile.longest({"traceEvents": events}) == [
+    program = '  %add_fusion.28 = f32[2]{0} fusion(%x), metadata={op_name="jit(step)/add"}\n'
+    assert profile.longest({"traceEvents": events}, program) == [
         {
             "kernel": "gemm",
-            "computes": "jit(step)/gemm",
+            "computes": None,
             "seconds": 8e-5,
             "calls": 2,
             "share_of_kernels": 0.8,
         },
-        {"kernel": "fusion", "computes": "", "seconds": 2e-5, "calls": 1, "share_of_kernels": 0.2},
+        {
+            "kernel": "add_fusion_28",
+            "computes": "jit(step)/add",
+            "seconds": 2e-5,
+            "calls": 1,
+            "share_of_kernels": 0.2,
+        },
     ]
 
 
