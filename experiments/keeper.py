@@ -17,7 +17,7 @@ from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
 from experiments.guard import Guard, Meter
 from experiments.peers import Peers
 from experiments.run_folder import RunFolder, RunFolderError, changes
-from tfm.config import TransformerConfig
+from tfm.config import TransformerConfig, current_fields
 from tfm.model import Transformer
 from tfm.parallel.mesh import fit_vocabulary
 from tfm.training import TrainState, param_shapes
@@ -80,7 +80,7 @@ def newest_model(folder: RunFolder) -> tuple[dict[str, Any], Transformer, chex.A
             if not step:  # 0: saved before anything was learned
                 continue
             identity = checkpoints.notes(step)["identity"]
-            trained = TransformerConfig(**identity["model"])
+            trained = TransformerConfig(**current_fields(identity["model"]))
             params = checkpoints.restore_params(step, param_shapes(trained))
             # Rows that only a mesh needed are left out.
             config = dataclasses.replace(trained, vocab_multiple=1)

@@ -17,7 +17,7 @@ from tensorboardX.summary import scalar
 from experiments.checkpoints.manifest import write_durably
 from experiments.differences import differences
 from experiments.errors import UserError
-from tfm.config import TransformerConfig
+from tfm.config import TransformerConfig, current_fields
 
 
 class RunFolderError(UserError):
@@ -46,6 +46,8 @@ def changes(
     old: dict[str, Any], new: dict[str, Any], may_differ: Collection[str] = ()
 ) -> list[str]:
     """`differences` of two runs' configs; an older one may lack fields that the model has since."""
+    if "model" in old:
+        old = old | {"model": current_fields(old["model"])}
     return differences(old, new, may_differ, {"model": plain(TransformerConfig())})
 
 

@@ -26,8 +26,8 @@ from tfm.feed_forward import feed_forward
 from tfm.kernels.quantization import quantize
 from tfm.layers import Functions
 from tfm.loss import label_smoothed_cross_entropy
-from tfm.masks import causal_mask, padding_mask, segment_mask
-from tfm.model import Transformer, shift_right
+from tfm.masks import causal_mask, padding_mask, segment_mask, shift_right
+from tfm.model import Transformer
 from tfm.normalization import layer_norm
 from tfm.positions import sinusoidal_positions
 from tfm.training import (

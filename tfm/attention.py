@@ -7,10 +7,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from tfm.compilation import compiled
-from tfm.kernels.attention import Implementation, attend
+from tfm.kernels.attention import attend
+from tfm.kernels.implementation import Implementation
 from tfm.kernels.precision import floating, linear, matmul
 from tfm.kernels.softmax import masked_softmax
-from tfm.shapes import assert_broadcasts, assert_fits
+from tfm.shapes import assert_broadcasts, assert_fits, with_axes
 
 
 def _check(query: Array, key: Array, mask: Array | None) -> None:
@@ -29,9 +30,19 @@ def _check(query: Array, key: Array, mask: Array | None) -> None:
             )
 
 
-@partial(compiled, static_argnames="compute_dtype")
+def _mask_of_heads(mask: Array | None, ndim: int) -> Array:
+    """The mask with as many axes as the queries; where there is none, one that allows all."""
+    return with_axes(jnp.ones((), bool) if mask is None else mask, ndim)
+
+
+@compiled(static=("compute_dtype", "implementation"))
 def attention_weights(
-    query: Array, key: Array, mask: Array | None = None, *, compute_dtype: DTypeLike | None = None
+    query: Array,
+    key: Array,
+    mask: Array | None = None,
+    *,
+    compute_dtype: DTypeLike | None = None,
+    implementation: Implementation = "auto",
 ) -> Array:
     """softmax(QKᵀ/√d_k): how much each query attends to each key (§3.2.1, equation 1).
 
@@ -40,6 +51,7 @@ def attention_weights(
       key: [..., K, d_k].
       mask: boolean, [L, K] or broadcastable to [..., L, K] with as many axes; True = may attend.
       compute_dtype: see `tfm.kernels.precision`.
+      implementation: see `tfm.kernels.implementation`.
 
     Returns:
       [..., L, K]; each row sums to 1, or is all zeros where the mask allows no key.
@@ -49,12 +61,19 @@ def attention_weights(
       TypeError: the mask is not boolean.
     """
     _check(query, key, mask)
-    # Dividing the queries is the same as dividing the logits, of which there are more.
-    query = query / query.shape[-1] ** 0.5
-    return masked_softmax(matmul(query, jnp.swapaxes(key, -1, -2), compute_dtype), mask)
+
+    def one_head(query: Array, key: Array, mask: Array) -> Array:
+        # Dividing the queries is the same as dividing the logits, of which there are more.
+        query = query / query.shape[-1] ** 0.5
+        logits = matmul(query, key.T, compute_dtype, implementation)
+        return masked_softmax(logits, mask, implementation)
+
+    # Under `jax.vmap` over heads, examples and whatever comes first; m and n of a mask may be 1.
+    every_head = jnp.vectorize(one_head, signature="(l,d),(k,d),(m,n)->(l,k)")
+    return every_head(query, key, _mask_of_heads(mask, query.ndim))
 
 
-@partial(compiled, static_argnames=("compute_dtype", "implementation"))
+@compiled(static=("compute_dtype", "implementation"))
 def scaled_dot_product_attention(
     query: Array,
     key: Array,
@@ -74,13 +93,13 @@ def scaled_dot_product_attention(
         attend. A NaN in a value that it hides comes out all the same: 0 · NaN is NaN.
       compute_dtype: see `tfm.kernels.precision`.
       implementation: the same function, computed in another way:
-        reference: the formula as it stands, with all of softmax(QKᵀ/√d_k) in memory.
+        formula: as it stands, with all of softmax(QKᵀ/√d_k) in memory.
         chunked: a few heads at a time, and anew in the backward pass: O(L·K) memory for those
           only. Its derivative is there in reverse mode alone. Where a size is 0, or symbolic (of
-          `jax.export`), it is the reference.
+          `jax.export`), it is the formula.
         cudnn: NVIDIA's fused kernel, for operands that `tfm.kernels.attention.fits_cudnn`.
         auto: cudnn on a GPU where it fits, chunked on a CPU whose cache the logits overflow, or
-          else reference.
+          else the formula, with a derivative of the softmax that keeps less.
 
     Returns:
       [..., H, L, d_v]; zeros for a query that may attend to nothing.
@@ -94,17 +113,30 @@ def scaled_dot_product_attention(
     _check(query, key, mask)
     assert_fits("value", value, (*key.shape[:-1], None), key=key)
     query, key, value = floating(query, key, value)
-    return attend(_formula, query, key, value, mask, compute_dtype, implementation)
+    return attend(_attention, query, key, value, mask, compute_dtype, implementation)
 
 
-def _formula(
-    query: Array, key: Array, value: Array, mask: Array | None, compute_dtype: DTypeLike | None
+def _attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    compute_dtype: DTypeLike | None,
+    implementation: Implementation,
 ) -> Array:
-    weights = attention_weights(query, key, mask, compute_dtype=compute_dtype)
-    return matmul(weights, value, compute_dtype)
+    """Attention(Q, K, V), with all weights in memory."""
+
+    def one_head(query: Array, key: Array, value: Array, mask: Array) -> Array:
+        weights = attention_weights(
+            query, key, mask, compute_dtype=compute_dtype, implementation=implementation
+        )
+        return matmul(weights, value, compute_dtype, implementation)
+
+    every_head = jnp.vectorize(one_head, signature="(l,d),(k,d),(k,v),(m,n)->(l,v)")
+    return every_head(query, key, value, _mask_of_heads(mask, query.ndim))
 
 
-@partial(compiled, static_argnames="num_heads")
+@compiled(static=("num_heads",))
 def split_heads(x: Array, num_heads: int) -> Array:
     """Splits d_model into h heads of d_k = d_model/h features (§3.2.2).
 
@@ -121,7 +153,7 @@ def split_heads(x: Array, num_heads: int) -> Array:
     return jnp.swapaxes(heads, -2, -3)
 
 
-@compiled
+@compiled()
 def merge_heads(x: Array) -> Array:
     """Concat(head₁, …, head_h) (§3.2.2): the inverse of `split_heads`.
 
@@ -132,7 +164,7 @@ def merge_heads(x: Array) -> Array:
     return jnp.swapaxes(x, -2, -3).reshape(*leading, length, num_heads * d_k)
 
 
-@partial(compiled, static_argnames=("num_heads", "compute_dtype", "implementation"))
+@compiled(static=("num_heads", "compute_dtype", "implementation"))
 def multi_head_attention(
     query_input: Array,
     key_value_input: Array,
@@ -178,10 +210,11 @@ def multi_head_attention(
     )
     for name, weight in {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}.items():
         assert_fits(name, weight, (d_model, d_model), query_input=query_input)
-    query = split_heads(linear(query_input, w_q, compute_dtype), num_heads)
-    key = split_heads(linear(key_value_input, w_k, compute_dtype), num_heads)
-    value = split_heads(linear(key_value_input, w_v, compute_dtype), num_heads)
+    product = partial(linear, compute_dtype=compute_dtype, implementation=implementation)
+    query = split_heads(product(query_input, w_q), num_heads)
+    key = split_heads(product(key_value_input, w_k), num_heads)
+    value = split_heads(product(key_value_input, w_v), num_heads)
     heads = scaled_dot_product_attention(
         query, key, value, mask, compute_dtype=compute_dtype, implementation=implementation
     )
-    return linear(merge_heads(heads), w_o, compute_dtype)
+    return product(merge_heads(heads), w_o)

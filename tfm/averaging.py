@@ -1,12 +1,16 @@
 """§6.1 Averaging the parameters of several checkpoints."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from tfm.compilation import compiled
 
+
+@compiled()
 def average(trees: Sequence[chex.ArrayTree]) -> chex.ArrayTree:
     """x̄ = Σᵢ xᵢ / n, leaf by leaf, summed in f32 or wider; the leaves keep their dtypes.
 
@@ -26,6 +30,7 @@ def average(trees: Sequence[chex.ArrayTree]) -> chex.ArrayTree:
     def mean(*leaves: chex.Array) -> chex.Array:
         dtype = leaves[0].dtype
         wide = jnp.promote_types(dtype, jnp.float32)
-        return (sum(jnp.asarray(x, wide) for x in leaves) / len(leaves)).astype(dtype)
+        total = reduce(jnp.add, (jnp.asarray(x, wide) for x in leaves))
+        return (total / len(leaves)).astype(dtype)
 
     return jax.tree.map(mean, *trees)

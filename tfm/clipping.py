@@ -4,14 +4,13 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from tfm.compilation import compiled
 from tfm.kernels.precision import floating, working_dtype
-from tfm.shapes import is_traced, nan_unless
+from tfm.shapes import Number, is_traced, nan_unless
 
 
-@compiled
+@compiled()
 def global_norm(tree: chex.ArrayTree) -> Array:
     """‖g‖ = √(Σ over all leaves and elements of g²), in f32 or the widest type of the leaves."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
@@ -20,7 +19,13 @@ def global_norm(tree: chex.ArrayTree) -> Array:
     return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
 
 
-def clip_by_global_norm(tree: chex.ArrayTree, threshold: ArrayLike) -> chex.ArrayTree:
+def _check(tree: chex.ArrayTree, threshold: Number) -> None:
+    if not is_traced(threshold) and not threshold > 0:
+        raise ValueError(f"threshold={threshold} must be positive")
+
+
+@compiled(check=_check)
+def clip_by_global_norm(tree: chex.ArrayTree, threshold: Number) -> chex.ArrayTree:
     """g′ = min(1, θ/‖g‖) · g, with ‖g‖ over the whole tree.
 
     The direction stays, the length is at most θ; a zero gradient stays zero. Training uses
@@ -37,13 +42,6 @@ def clip_by_global_norm(tree: chex.ArrayTree, threshold: ArrayLike) -> chex.Arra
     Raises:
       ValueError: a threshold that is not positive.
     """
-    if not is_traced(threshold) and not threshold > 0:
-        raise ValueError(f"threshold={threshold} must be positive")
-    return _clip(tree, threshold)
-
-
-@compiled
-def _clip(tree: chex.ArrayTree, threshold: ArrayLike) -> chex.ArrayTree:
     tree = jax.tree.map(lambda leaf: floating(jnp.asarray(leaf))[0], tree)
     norm = global_norm(tree)
     # In this order a NaN norm makes every leaf NaN: half a broken gradient would pass unseen.

@@ -1,11 +1,25 @@
 """The model's numbers: what the paper fixes, and every departure from it as a named option."""
 
 import math
+import warnings
 from dataclasses import dataclass, replace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tfm.kernels.attention import Implementation
+from tfm.kernels.implementation import Implementation, resolve
 from tfm.positions import SinusoidLayout
+from tfm.renaming import renamed
+
+_AT_LEAST_1 = (
+    "vocab_size",
+    "source_vocab_size",
+    "vocab_multiple",
+    "d_model",
+    "d_ff",
+    "num_heads",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "max_learned_positions",
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +85,10 @@ class TransformerConfig:
     """Operands of the matrix products. bfloat16 still sums in f32 and keeps f32 parameters, and a
     GPU or TPU rounds the sums between layers too; float64 is for checks, under `jax_enable_x64`.
     auto: what suits the devices, see `for_platform`."""
-    attention: Implementation = "auto"
-    """How attention is computed, to the same result: see `tfm.scaled_dot_product_attention`."""
+    implementation: Implementation = "auto"
+    """How everything is computed, to the same result. auto: as it is fast on the device. formula:
+    as it stands in the paper, by plain operations. chunked, cudnn: attention in that way, see
+    `tfm.scaled_dot_product_attention`."""
     scan_layers: bool = False
     """The layers as one loop of the program, to the same result: it is compiled in the time of one
     layer, and holds the layers' parameters twice."""
@@ -82,17 +98,14 @@ class TransformerConfig:
     unless scan_layers is set."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "implementation", resolve(self.implementation))
         for name, annotation in get_type_hints(type(self)).items():
             allowed = get_args(annotation) if get_origin(annotation) is Literal else None
             if allowed and getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
-        for name in ("vocab_size", "vocab_multiple", "d_model", "d_ff", "num_heads",
-                     "num_encoder_layers", "num_decoder_layers",
-                     "max_learned_positions"):  # fmt: skip
-            if getattr(self, name) < 1:
+        for name in _AT_LEAST_1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.source_vocab_size is not None and self.source_vocab_size < 1:
-            raise ValueError(f"source_vocab_size={self.source_vocab_size} must be at least 1")
         if self.first_position < 0:
             raise ValueError(f"first_position={self.first_position} must be at least 0")
         for name in ("dropout_rate", "attention_dropout_rate", "activation_dropout_rate"):
@@ -109,13 +122,21 @@ class TransformerConfig:
                 f"d_model={self.d_model} is odd: sinusoidal positions need pairs of sin and cos"
             )
 
+    @property
+    def attention(self) -> Implementation:
+        """The former name of `implementation`."""
+        message = "TransformerConfig.attention is called implementation now"
+        warnings.warn(message, FutureWarning, stacklevel=2)
+        return self.implementation
+
     def for_platform(self, platform: str) -> "TransformerConfig":
         """The config with `compute_dtype="auto"` decided: bfloat16 on a "gpu" or "tpu", whose
         matrix units are made for it, float32 elsewhere."""
         if self.compute_dtype != "auto":
             return self
-        dtype = "bfloat16" if platform in ("gpu", "tpu") else "float32"
-        return replace(self, compute_dtype=dtype)
+        if platform in ("gpu", "tpu"):
+            return replace(self, compute_dtype="bfloat16")
+        return replace(self, compute_dtype="float32")
 
     @property
     def has_final_norm(self) -> bool:
@@ -143,6 +164,20 @@ class TransformerConfig:
         positions = 2 * self.max_learned_positions * d if self.positions == "learned" else 0
         bias = self.vocab_size if self.output_bias else 0
         return encoder + decoder + final_norms + embeddings + positions + bias
+
+
+TransformerConfig.__init__ = renamed(attention="implementation")(  # type: ignore[method-assign]
+    TransformerConfig.__init__
+)
+
+
+def current_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """A config's fields as a file has them, those of former names under their present ones."""
+    fields = dict(fields)
+    if "attention" in fields:
+        implementation = fields.pop("attention")
+        fields["implementation"] = "formula" if implementation == "reference" else implementation
+    return fields
 
 
 BASE = TransformerConfig()

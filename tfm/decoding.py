@@ -15,7 +15,7 @@ yours, outside of one it is compiled at each call. There bos may be traced too, 
 
 import operator
 from collections.abc import Callable
-from functools import partial
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.struct
@@ -25,11 +25,11 @@ import numpy as np
 from jax import Array, lax, nn
 from jax.typing import ArrayLike
 
-from tfm.compilation import compiled_if
+from tfm.cache import Memory, SharedCache
+from tfm.compilation import compiled
 from tfm.kernels.precision import working_dtype
-from tfm.layers import Functions
-from tfm.model import Memory, SharedCache, Transformer, compiled_for_model
-from tfm.shapes import assert_fits, assert_ids, is_traced, nan_unless
+from tfm.model import Transformer, uses_our_functions
+from tfm.shapes import Number, assert_fits, assert_ids, is_traced, nan_unless
 
 Cache = Any
 Step = Callable[[Array, Array, Cache], tuple[Array, Cache]]
@@ -51,7 +51,7 @@ class Decoded(NamedTuple):
 
 
 class _Search(NamedTuple):
-    index: Array
+    position: Array
     tokens: Array
     last: Array
     ended: Array
@@ -60,7 +60,7 @@ class _Search(NamedTuple):
     cache: Cache
 
 
-def length_penalty(length: Array | float, alpha: float, form: Penalty = "paper") -> Array:
+def length_penalty(length: Number, alpha: Number, form: Penalty = "paper") -> Array:
     """lp(n) = ((5 + n) / 6)^α (§6.1; Wu et al. 2016, equation 14); of the form power, n^α."""
     if form not in get_args(Penalty):
         raise ValueError(f"penalty={form!r} must be one of {get_args(Penalty)}")
@@ -68,13 +68,13 @@ def length_penalty(length: Array | float, alpha: float, form: Penalty = "paper")
 
 
 def length_normalized_score(
-    log_prob: Array, length: Array, alpha: float, penalty: Penalty = "paper"
+    log_prob: Array, length: Array, alpha: Number, penalty: Penalty = "paper"
 ) -> Array:
     """ln P / lp(n): what beam search ranks by, so that none wins by being short."""
     return log_prob / length_penalty(length, alpha, penalty)
 
 
-def filter_logits(logits: Array, top_k: int | None = None, top_p: ArrayLike | None = None) -> Array:
+def filter_logits(logits: Array, top_k: int | None = None, top_p: Number | None = None) -> Array:
     """−inf for all but the k likeliest symbols, and all but the smallest set of probability ≥ p.
 
     logits: [..., V] -> [..., V]. The likeliest symbol always stays.
@@ -97,7 +97,7 @@ def filter_logits(logits: Array, top_k: int | None = None, top_p: ArrayLike | No
     return logits
 
 
-def _assert_restrictions(top_k: int | None, top_p: ArrayLike | None) -> None:
+def _assert_restrictions(top_k: int | None, top_p: Number | None) -> None:
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
     if not (top_p is None or is_traced(top_p)) and not 0 < top_p <= 1:
@@ -106,6 +106,7 @@ def _assert_restrictions(top_k: int | None, top_p: ArrayLike | None) -> None:
 
 def _start(step: Step, cache: Cache, bos: ArrayLike, max_length: int) -> _Search:
     """Empty hypotheses; ValueError for a bos that is no symbol of the vocabulary, or no room."""
+    max_length = operator.index(max_length)
     if max_length < 1:
         raise ValueError(f"{max_length=} must be at least 1")
     batch, width = jax.tree.leaves(cache)[0].shape[:2]
@@ -113,7 +114,7 @@ def _start(step: Step, cache: Cache, bos: ArrayLike, max_length: int) -> _Search
     logits, _ = jax.eval_shape(step, last, index, cache)
     assert_ids("bos", bos, logits.shape[-1])
     return _Search(
-        index=index,
+        position=index,
         tokens=jnp.zeros((batch, width, max_length), jnp.int32),
         last=last,
         ended=jnp.zeros((batch, width), bool),
@@ -125,17 +126,19 @@ def _start(step: Step, cache: Cache, bos: ArrayLike, max_length: int) -> _Search
 
 def _run(advance: Callable[[_Search], _Search], state: _Search, max_length: int) -> _Search:
     def unfinished(state: _Search) -> Array:
-        return (state.index < max_length) & ~state.ended.all()
+        return (state.position < max_length) & ~state.ended.all()
 
     return lax.while_loop(unfinished, advance, state)
 
 
-def _append(state: _Search, choice: Array, chosen_log_probs: Array, eos: int, cache: Cache):
+def _append(
+    state: _Search, choice: Array, chosen_log_probs: Array, eos: Number, cache: Cache
+) -> _Search:
     """`state` one token longer; ended hypotheses take a zero, at no cost."""
     choice = jnp.where(state.ended, 0, choice)
     return _Search(
-        index=state.index + 1,
-        tokens=lax.dynamic_update_index_in_dim(state.tokens, choice, state.index, axis=-1),
+        position=state.position + 1,
+        tokens=lax.dynamic_update_index_in_dim(state.tokens, choice, state.position, axis=-1),
         last=choice,
         ended=state.ended | (choice == eos),
         lengths=state.lengths + ~state.ended,
@@ -152,14 +155,14 @@ def _continued(log_probs: Array, ended: Array) -> Array:
     return jnp.where(ended[..., None], itself, log_probs)
 
 
-def _reorder(x: Array | SharedCache, order: Array) -> Array | SharedCache:
+def _reorder(x: Any, order: Array) -> Any:
     """Takes hypotheses of each source: x [B, W, ...], order [B, W'] -> [B, W', ...]."""
     if isinstance(x, SharedCache):
         return x
     return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-@partial(flax.struct.dataclass, eq=False)
+@flax.struct.dataclass(eq=False)
 class ModelStep:
     """The `step` of a model for its sources: a pytree of the parameters and of what decoding needs
     of the sources, so that other ones do not compile anew."""
@@ -174,11 +177,29 @@ class ModelStep:
         return _step(self.params, self.memory, tokens, index, cache, model=self.model)
 
 
-@compiled_for_model
-def _step(params, memory, tokens, index, cache, *, model):
+@compiled(static=("model",), keep=uses_our_functions)
+def _step(
+    params: Any,
+    memory: Memory,
+    tokens: Array,
+    index: ArrayLike,
+    cache: Cache,
+    *,
+    model: Transformer,
+) -> tuple[Array, Cache]:
     return model.apply({"params": params}, memory, tokens, index, cache, method="step")
 
 
+def _check_source(model: Transformer, params: Any, source: Array, *_: Any, **__: Any) -> None:
+    assert_fits("source", source, (None, None))
+    assert_ids("source", source, model.config.source_vocab_size or model.config.vocab_size)
+
+
+@compiled(
+    static=("model", "num_hypotheses", "max_length"),
+    check=_check_source,
+    keep=lambda model, *_, **__: uses_our_functions(model=model),
+)
 def start_decoding(
     model: Transformer, params: Any, source: Array, num_hypotheses: int, max_length: int
 ) -> tuple[ModelStep, Cache]:
@@ -190,50 +211,46 @@ def start_decoding(
       AssertionError: source is not [B, S].
       ValueError: num_hypotheses or max_length below 1, or more positions than learned ones.
     """
-    c = model.config
-    assert_fits("source", source, (None, None))
-    assert_ids("source", source, c.source_vocab_size or c.vocab_size)
-    memory, cache = _start_decoding(
-        params, source, model=model,
-        num_hypotheses=operator.index(num_hypotheses), max_length=operator.index(max_length),
-    )  # fmt: skip
+    room = operator.index(num_hypotheses), operator.index(max_length)
+    memory, cache = model.apply({"params": params}, source, *room, method="start")
     return ModelStep(params, memory, model), cache
 
 
-@compiled_for_model
-def _start_decoding(params, source, *, model, num_hypotheses, max_length):
-    return model.apply({"params": params}, source, num_hypotheses, max_length, method="start")
-
-
-def _can_be_kept(step: Step, *_: Any, bos: ArrayLike, **__: Any) -> bool:
+def _can_be_kept(
+    step: Step, *_: Any, bos: ArrayLike, max_length: int, top_k: int | None = None, **__: Any
+) -> bool:
     """Whether a compiled search is for all equal steps: those of arrays, not plain functions, and
-    of a model without functions of its own; with one bos."""
-    own = isinstance(step, ModelStep) and step.model.functions != Functions()
+    of a model without functions of its own; with one bos, and numbers for sizes."""
+    ours = not isinstance(step, ModelStep) or uses_our_functions(model=step.model)
     arrays = all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(step))
-    return arrays and isinstance(bos, int) and not own
+    numbers = all(n is None or isinstance(n, Integral) for n in (bos, max_length, top_k))
+    return ours and arrays and numbers
 
 
-_compiled = partial(compiled_if, _can_be_kept)
+def _check_sample(
+    *_: Any,
+    temperature: Number = 1.0,
+    top_k: int | None = None,
+    top_p: Number | None = None,
+    **__: Any,
+) -> None:
+    if not is_traced(temperature) and not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}; greedy takes the best")
+    _assert_restrictions(top_k, top_p)
 
 
-def _where(bos: ArrayLike, max_length: ArrayLike) -> dict[str, Any]:
-    """Both as Python numbers; a bos that is traced, or differs between sources, as it is."""
-    is_number = not is_traced(bos) and jnp.ndim(bos) == 0
-    bos = operator.index(bos) if is_number else bos
-    return {"bos": bos, "max_length": operator.index(max_length)}
-
-
+@compiled(static=("bos", "max_length", "top_k"), check=_check_sample, keep=_can_be_kept)
 def sample(
     step: Step,
     cache: Cache,
     key: Array,
     *,
     bos: ArrayLike,
-    eos: ArrayLike,
+    eos: Number,
     max_length: int,
-    temperature: ArrayLike = 1.0,
+    temperature: Number = 1.0,
     top_k: int | None = None,
-    top_p: ArrayLike | None = None,
+    top_p: Number | None = None,
 ) -> Decoded:
     """Draws each token from softmax(logits / temperature), restricted by `filter_logits`.
 
@@ -244,21 +261,12 @@ def sample(
     Raises:
       ValueError: a temperature that is not positive, or as `filter_logits`.
     """
-    if not is_traced(temperature) and not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}; greedy takes the best")
-    _assert_restrictions(top_k, top_p)
-    top_k = None if top_k is None else operator.index(top_k)
-    where = _where(bos, max_length)
-    return _sample(step, cache, key, eos, temperature, top_p, top_k=top_k, **where)
 
-
-@_compiled
-def _sample(step, cache, key, eos, temperature, top_p, *, bos, max_length, top_k):
     def advance(state: _Search) -> _Search:
-        logits, cache = step(state.last, state.index, state.cache)
+        logits, cache = step(state.last, state.position, state.cache)
         log_probs = nn.log_softmax(logits.astype(state.log_probs.dtype))
         restricted = filter_logits(log_probs / temperature, top_k, top_p)
-        choice = jax.random.categorical(jax.random.fold_in(key, state.index), restricted)
+        choice = jax.random.categorical(jax.random.fold_in(key, state.position), restricted)
         chosen = jnp.take_along_axis(log_probs, choice[..., None], axis=-1)[..., 0]
         return _append(state, choice.astype(jnp.int32), chosen, eos, cache)
 
@@ -267,15 +275,12 @@ def _sample(step, cache, key, eos, temperature, top_p, *, bos, max_length, top_k
     return Decoded(state.tokens, state.lengths, log_probs, log_probs)
 
 
-def greedy(step: Step, cache: Cache, *, bos: ArrayLike, eos: ArrayLike, max_length: int) -> Decoded:
+@compiled(static=("bos", "max_length"), keep=_can_be_kept)
+def greedy(step: Step, cache: Cache, *, bos: ArrayLike, eos: Number, max_length: int) -> Decoded:
     """Takes the likeliest token at each position."""
-    return _greedy(step, cache, eos, **_where(bos, max_length))
 
-
-@_compiled
-def _greedy(step, cache, eos, *, bos, max_length):
     def advance(state: _Search) -> _Search:
-        logits, cache = step(state.last, state.index, state.cache)
+        logits, cache = step(state.last, state.position, state.cache)
         log_probs = nn.log_softmax(logits.astype(state.log_probs.dtype))
         # top_k finds the same index as argmax, and on large vocabularies several times as fast.
         best, choice = lax.top_k(log_probs, 1)
@@ -285,14 +290,15 @@ def _greedy(step, cache, eos, *, bos, max_length):
     return Decoded(state.tokens, state.lengths, state.log_probs, state.log_probs)
 
 
+@compiled(static=("bos", "max_length", "penalty"), keep=_can_be_kept)
 def beam_search(
     step: Step,
     cache: Cache,
     *,
     bos: ArrayLike,
-    eos: ArrayLike,
+    eos: Number,
     max_length: int,
-    alpha: ArrayLike = 0.6,
+    alpha: Number = 0.6,
     penalty: Penalty = "paper",
 ) -> Decoded:
     """Keeps the W best hypotheses by ln P / lp(n), lp(n) = ((5 + n)/6)^α (§6.1; α = 0.6).
@@ -303,13 +309,9 @@ def beam_search(
     are not there (`Decoded.exists`), and score −∞. With `penalty="power"` lp(n) = n^α, as fairseq,
     Marian and CTranslate2 have it; another form is a ValueError.
     """
-    return _beam_search(step, cache, eos, alpha, penalty=penalty, **_where(bos, max_length))
 
-
-@_compiled
-def _beam_search(step, cache, eos, alpha, *, bos, max_length, penalty):
     def advance(state: _Search) -> _Search:
-        logits, cache = step(state.last, state.index, state.cache)
+        logits, cache = step(state.last, state.position, state.cache)
         log_probs = nn.log_softmax(logits.astype(state.log_probs.dtype))
         batch, width, vocabulary = log_probs.shape
         totals = state.log_probs[..., None] + _continued(log_probs, state.ended)

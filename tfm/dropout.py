@@ -3,14 +3,29 @@
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from tfm.compilation import compiled
 from tfm.kernels.precision import floating
-from tfm.shapes import assert_fits, is_traced, nan_unless
+from tfm.shapes import Number, assert_fits, is_traced, nan_unless
 
 
-def dropout(key: Array, x: Array, rate: ArrayLike) -> Array:
+def assert_rate(rate: Number) -> None:
+    """Asserts that a concrete rate is one.
+
+    Raises:
+      ValueError: it is outside [0, 1).
+    """
+    if not is_traced(rate) and not 0 <= rate < 1:
+        raise ValueError(f"dropout rate must be in [0, 1), not {rate}")
+
+
+def _check(key: Array, x: Array, rate: Number) -> None:
+    assert_fits("x", jnp.asarray(x), (...,))
+    assert_rate(rate)
+
+
+@compiled(check=_check)
+def dropout(key: Array, x: Array, rate: Number) -> Array:
     """Inverted dropout: 0 with probability p, else x / (1 − p), so that E[out] = x (§5.4).
 
     One random byte decides an element, four to a 32-bit draw, which makes the mask several times
@@ -25,24 +40,17 @@ def dropout(key: Array, x: Array, rate: ArrayLike) -> Array:
     Raises:
       ValueError: a rate outside [0, 1).
     """
-    assert_fits("x", x, (...,))
     (x,) = floating(jnp.asarray(x))
     if is_traced(rate):
         is_rate = (rate >= 0) & (rate < 1)
-        threshold = jnp.where(is_rate, jnp.minimum(jnp.round(rate * 256), 255), 0)
-        factor = nan_unless(is_rate, 256 / (256 - threshold))
-        return _dropout(key, x, threshold.astype(jnp.uint8), factor)
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout rate must be in [0, 1), not {rate}")
-    threshold = min(round(float(rate) * 256), 255)
-    if threshold == 0:
-        return x
-    return _dropout(key, x, threshold, 256 / (256 - threshold))
-
-
-@compiled
-def _dropout(key: Array, x: Array, threshold: ArrayLike, factor: ArrayLike) -> Array:
-    """0 where a random byte is below the threshold, else x · factor."""
+        rounded = jnp.where(is_rate, jnp.minimum(jnp.round(rate * 256), 255), 0)
+        threshold: Number = rounded.astype(jnp.uint8)
+        factor: Number = nan_unless(is_rate, 256 / (256 - rounded))
+    else:
+        threshold = min(round(float(rate) * 256), 255)
+        if threshold == 0:
+            return x
+        factor = 256 / (256 - threshold)
     words = jax.random.bits(key, (-(-x.size // 4),), jnp.uint32)
     bytes_ = lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
     return jnp.where(bytes_ >= threshold, x * factor, 0).astype(x.dtype)

@@ -4,7 +4,7 @@ import dataclasses
 import enum
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,11 +17,13 @@ from tfm.attention import (
     scaled_dot_product_attention,
     split_heads,
 )
+from tfm.cache import LayerCache
 from tfm.config import TransformerConfig
 from tfm.dropout import dropout
-from tfm.feed_forward import feed_forward
+from tfm.feed_forward import ACTIVATIONS, feed_forward
 from tfm.kernels.precision import linear, matmul
-from tfm.kernels.quantization import Quantized, side_by_side
+from tfm.kernels.projection import side_by_side, side_by_side_by_head
+from tfm.kernels.quantization import Quantized
 from tfm.normalization import layer_norm
 from tfm.parallel.sharding import constrain, gather_for_compute, is_divided
 from tfm.positions import sinusoidal_positions
@@ -33,8 +35,6 @@ INITIALIZERS = {
     "he_normal": nn.initializers.he_normal(),
 }
 
-ACTIVATIONS = {"relu": nn.relu, "swish": nn.silu, "gelu": partial(nn.gelu, approximate=False)}
-
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
@@ -42,35 +42,15 @@ class Functions:
 
         Transformer(config, Functions(feed_forward=mine))
 
-    It takes and returns what the function of that name in `tfm` does; of its options those alone
-    that the config sets apart from the paper. The parameters stay as they are, so a trained
-    checkpoint fits either.
+    Same signature as the function it replaces; of its options only those that the config sets apart
+    from the default need be there. The parameters stay as they are, so a trained checkpoint fits
+    either.
     """
 
     attention_weights: Callable[..., Array] = attention_weights
     feed_forward: Callable[..., Array] = feed_forward
     layer_norm: Callable[..., Array] = layer_norm
     sinusoidal_positions: Callable[..., Array] = sinusoidal_positions
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of K positions: of the source's, or of those that were decoded so far.
-
-    The keys lie transposed, as QKᵀ wants them: no step then has to turn them all.
-    """
-
-    key: Array  # [B, H, d_k, K]
-    value: Array  # [B, H, K, d_k]
-
-    def pair(self) -> tuple[Array, Array]:
-        """Keys and values [B, H, K, d_k]; XLA takes the one transposition against the other."""
-        return jnp.swapaxes(self.key, -1, -2), self.value
-
-    def write(self, key: Array, value: Array, position: Array) -> "LayerCache":
-        """The cache with those of some positions [B, H, L, d_k] written from `position` on."""
-        update = jax.lax.dynamic_update_slice_in_dim
-        keys = update(self.key, jnp.swapaxes(key, -1, -2), position, -1)
-        return LayerCache(keys, update(self.value, value, position, -2))
 
 
 class EncoderDropout(enum.IntEnum):
@@ -98,9 +78,14 @@ def site_key(key: Array | None, site: int) -> Array | None:
     return None if key is None else jax.random.fold_in(key, int(site))
 
 
+def formula_option(config: TransformerConfig) -> dict[str, Any]:
+    """The option `implementation` of a function that may stand in for ours, where it says more."""
+    return {"implementation": "formula"} if config.implementation == "formula" else {}
+
+
 def matrix(module: nn.Module, name: str, shape: tuple[int, int]) -> Array | Quantized:
     """The module's parameter, or what `tfm.quantize` put in its place, whose form is its own."""
-    given = module.get_variable("params", name)
+    given: Any = module.get_variable("params", name)
     if isinstance(given, Quantized):
         return given
     return gather_for_compute(
@@ -116,7 +101,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (self.config.d_model,))
         bias = self.param("bias", nn.initializers.zeros, (self.config.d_model,))
-        return self.functions.layer_norm(x, scale, bias, self.config.layer_norm_epsilon)
+        epsilon, option = self.config.layer_norm_epsilon, formula_option(self.config)
+        return self.functions.layer_norm(x, scale, bias, epsilon, **option)
 
 
 class FeedForward(nn.Module):
@@ -132,7 +118,7 @@ class FeedForward(nn.Module):
         w2 = matrix(self, "w2", (c.d_ff, c.d_model))
         b2 = self.param("b2", zeros, (c.d_model,))
         # Only what departs from the paper, so that a function in its place need take no more.
-        options: dict[str, Any] = {}
+        options = formula_option(c)
         if c.activation != "relu":
             options["activation"] = ACTIVATIONS[c.activation]
         if dropout_key is not None and c.activation_dropout_rate:
@@ -157,12 +143,13 @@ class MultiHeadAttention(nn.Module):
             zeros, row = nn.initializers.zeros, (c.d_model,)
             self.biases = {n: self.param(f"b_{n}", zeros, row) for n in "qkvo"}
 
-    def _linear(self, x: Array, names: str) -> Array:
-        w = side_by_side([self.weights[n] for n in names])
-        y = linear(x, w, self.config.compute_dtype)
-        if self.config.projection_bias:
-            y += with_axes(jnp.concatenate([self.biases[n] for n in names]), y.ndim)
-        return y
+    def _linear(self, x: Array, names: str, join: Callable[..., Any] = side_by_side) -> Array:
+        """x W + b, for each of `names` at once: its columns side by side."""
+        c = self.config
+        y = linear(x, join([self.weights[n] for n in names]), c.compute_dtype, c.implementation)
+        if not c.projection_bias:
+            return y
+        return y + with_axes(join([self.biases[n] for n in names]), y.ndim)
 
     def query_key_value(self, x: Array) -> list[Array]:
         """Of self-attention: [..., L, D] -> three times [..., H, L, d_k]."""
@@ -181,25 +168,13 @@ class MultiHeadAttention(nn.Module):
 
         One product and one transpose for all names together: faster than one of each a name.
         """
-        if is_divided():
-            return self._project_in_parts(x, names)
-        heads = split_heads(self._linear(x, names), len(names) * self.config.num_heads)
-        return jnp.split(heads, len(names), axis=-3)
-
-    def _project_in_parts(self, x: Array, names: str) -> list[Array]:
-        """The same where a mesh divides the heads: side by side head by head, the matrices keep
-        their columns where they are."""
-        c = self.config
-
-        def beside(arrays: list[Array]) -> Array:
-            by_head = [a.reshape(*a.shape[:-1], c.num_heads, -1) for a in arrays]
-            joined = jnp.concatenate(by_head, axis=-1)
-            return joined.reshape(*joined.shape[:-2], -1)
-
-        y = linear(x, beside([self.weights[n] for n in names]), c.compute_dtype)
-        if c.projection_bias:
-            y += with_axes(beside([self.biases[n] for n in names]), y.ndim)
-        return jnp.split(split_heads(y, c.num_heads), len(names), axis=-1)
+        h, number = self.config.num_heads, len(names)
+        if self.config.implementation == "formula":
+            return [split_heads(self._linear(x, name), h) for name in names]
+        if is_divided():  # the mesh divides columns by head: those of one head stay together
+            y = self._linear(x, names, partial(side_by_side_by_head, num_heads=h))
+            return jnp.split(split_heads(y, h), number, axis=-1)
+        return jnp.split(split_heads(self._linear(x, names), number * h), number, axis=-3)
 
     def attend(
         self,
@@ -209,23 +184,31 @@ class MultiHeadAttention(nn.Module):
         mask: Array,
         dropout_key: Array | None = None,
         head_mask: Array | None = None,
-    ) -> tuple[Array, Array]:
-        """[..., H, L, d_k] and [..., H, K, d_k] twice -> [..., L, D] and weights [..., H, L, K]."""
-        c = self.config
-        weights_of = self.functions.attention_weights
-        # XLA drops them where nobody takes them.
-        weights = weights_of(query, key, mask, compute_dtype=c.compute_dtype)
+        return_weights: bool = False,
+    ) -> tuple[Array, Array | None]:
+        """[..., H, L, d_k] and [..., H, K, d_k] twice -> [..., L, D], and with `return_weights`
+        the weights [..., H, L, K]."""
+        c, weights_of = self.config, self.functions.attention_weights
         drops = dropout_key is not None and c.attention_dropout_rate > 0
-        if drops or weights_of is not attention_weights:
-            used = dropout(dropout_key, weights, c.attention_dropout_rate) if drops else weights
-            heads = matmul(used, value, c.compute_dtype)
+        if return_weights or drops or weights_of is not attention_weights:
+            option = formula_option(c)
+            weights = weights_of(query, key, mask, compute_dtype=c.compute_dtype, **option)
+            kept = weights
+            if dropout_key is not None:
+                kept = dropout(dropout_key, weights, c.attention_dropout_rate)
+            heads = matmul(kept, value, c.compute_dtype, c.implementation)
         else:
             heads = scaled_dot_product_attention(
-                query, key, value, mask, compute_dtype=c.compute_dtype, implementation=c.attention
+                query,
+                key,
+                value,
+                mask,
+                compute_dtype=c.compute_dtype,
+                implementation=c.implementation,
             )
         if head_mask is not None:
             heads *= with_axes(head_mask[:, None, None], heads.ndim)
-        return self._linear(merge_heads(heads), "o"), weights
+        return self._linear(merge_heads(heads), "o"), weights if return_weights else None
 
 
 class Layer(nn.Module):
@@ -263,12 +246,15 @@ class EncoderLayer(Layer):
         mask: Array,
         dropout_key: Array | None = None,
         head_mask: Array | None = None,
-    ) -> tuple[Array, Array]:
-        """[..., S, D] -> the same, and the attention weights [..., H, S, S]."""
+        return_weights: bool = False,
+    ) -> tuple[Array, Array | None]:
+        """[..., S, D] -> the same, and with `return_weights` the attention's [..., H, S, S]."""
         key, site = partial(site_key, dropout_key), EncoderDropout
 
-        qkv = self.attention.query_key_value(self.sublayer_input(self.attention_norm, x))
-        y, weights = self.attention.attend(*qkv, mask, key(site.ATTENTION_WEIGHTS), head_mask)
+        q, k, v = self.attention.query_key_value(self.sublayer_input(self.attention_norm, x))
+        y, weights = self.attention.attend(
+            q, k, v, mask, key(site.ATTENTION_WEIGHTS), head_mask, return_weights
+        )
         x = self.add_and_norm(self.attention_norm, x, y, key(site.ATTENTION))
 
         y = self.feed_forward(self.sublayer_input(self.feed_forward_norm, x), key(site.HIDDEN))
@@ -298,21 +284,24 @@ class DecoderLayer(Layer):
         dropout_key: Array | None = None,
         head_mask: Array | None = None,
         cross_head_mask: Array | None = None,
-    ) -> tuple[Array, Array, Array]:
-        """[..., T, D] -> the same, and weights [..., H, T, T] and [..., H, T, S]."""
+        return_weights: bool = False,
+    ) -> tuple[Array, Array | None, Array | None]:
+        """[..., T, D] -> the same, and with `return_weights` those of the two attentions,
+        [..., H, T, T] and [..., H, T, S]."""
         key, site = partial(site_key, dropout_key), DecoderDropout
 
-        qkv = self.self_attention.query_key_value(self.sublayer_input(self.self_attention_norm, x))
+        h = self.sublayer_input(self.self_attention_norm, x)
+        q, k, v = self.self_attention.query_key_value(h)
         y, weights = self.self_attention.attend(
-            *qkv, mask, key(site.SELF_ATTENTION_WEIGHTS), head_mask
+            q, k, v, mask, key(site.SELF_ATTENTION_WEIGHTS), head_mask, return_weights
         )
         x = self.add_and_norm(self.self_attention_norm, x, y, key(site.SELF_ATTENTION))
 
-        query = self.cross_attention.query(self.sublayer_input(self.cross_attention_norm, x))
+        q = self.cross_attention.query(self.sublayer_input(self.cross_attention_norm, x))
+        k, v = self.cross_attention.key_value(encoded)
         y, cross_weights = self.cross_attention.attend(
-            query, *self.cross_attention.key_value(encoded), cross_mask,
-            key(site.CROSS_ATTENTION_WEIGHTS), cross_head_mask,
-        )  # fmt: skip
+            q, k, v, cross_mask, key(site.CROSS_ATTENTION_WEIGHTS), cross_head_mask, return_weights
+        )
         x = self.add_and_norm(self.cross_attention_norm, x, y, key(site.CROSS_ATTENTION))
 
         y = self.feed_forward(self.sublayer_input(self.feed_forward_norm, x), key(site.HIDDEN))
@@ -335,13 +324,15 @@ class DecoderLayer(Layer):
         says what of it is a hypothesis's own.
         """
         h = self.sublayer_input(self.self_attention_norm, x)
-        query, key, value = self.self_attention.query_key_value(h)
-        cache = cache.write(key, value, index * x.shape[1])
-        y, _ = self.self_attention.attend(query, *cache.pair(), mask)
+        q, k, v = self.self_attention.query_key_value(h)
+        cache = cache.write(k, v, index * x.shape[1])
+        k, v = cache.pair()
+        y, _ = self.self_attention.attend(q, k, v, mask)
         x = self.add_and_norm(self.self_attention_norm, x, y, None)
 
-        query = self.cross_attention.query(self.sublayer_input(self.cross_attention_norm, x))
-        y, _ = self.cross_attention.attend(query, *memory.pair(), cross_mask)
+        q = self.cross_attention.query(self.sublayer_input(self.cross_attention_norm, x))
+        k, v = memory.pair()
+        y, _ = self.cross_attention.attend(q, k, v, cross_mask)
         x = self.add_and_norm(self.cross_attention_norm, x, y, None)
 
         y = self.feed_forward(self.sublayer_input(self.feed_forward_norm, x))

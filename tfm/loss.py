@@ -1,29 +1,61 @@
 """§5.4 Label smoothing."""
 
-from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from jax import Array, nn
-from jax.typing import ArrayLike
 
 from tfm.compilation import compiled
-from tfm.kernels.label_smoothing import SmoothedOver, expected_logit
+from tfm.kernels.implementation import Implementation, resolve
+from tfm.kernels.label_smoothing import SmoothedOver, expected_logit, smoothed_labels, weighted
 from tfm.kernels.precision import working_dtype
-from tfm.shapes import as_ids, assert_fits, assert_ids, is_traced, nan_unless
+from tfm.shapes import Number, as_ids, assert_fits, assert_ids, is_traced, nan_unless
 
 
+def assert_smoothing(smoothing: Number) -> None:
+    """Asserts that a concrete smoothing is one.
+
+    Raises:
+      ValueError: it is outside [0, 1].
+    """
+    if not is_traced(smoothing) and not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing must be in [0, 1], not {smoothing}")
+
+
+def _check(
+    logits: Array,
+    labels: Array,
+    smoothing: Number = 0.1,
+    over: SmoothedOver = "all",
+    vocab_size: int | None = None,
+    **_: Any,
+) -> None:
+    assert_fits("logits", logits, (..., None))
+    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
+    if vocab_size > logits.shape[-1]:
+        raise ValueError(f"{vocab_size=} is more than the logits' {logits.shape[-1]}")
+    assert_ids("labels", labels, vocab_size)
+    assert_fits("labels", labels, logits.shape[:-1], logits=logits)
+    assert_smoothing(smoothing)
+    if over not in get_args(SmoothedOver):
+        raise ValueError(f"over={over!r} must be one of {get_args(SmoothedOver)}")
+    if vocab_size < (least := {"others": 2, "others_but_padding": 3}.get(over, 0)):
+        raise ValueError(f"over={over!r} takes a vocabulary of at least {least}, not {vocab_size}")
+
+
+@compiled(static=("over", "vocab_size", "implementation"), check=_check)
 def label_smoothed_cross_entropy(
     logits: Array,
     labels: Array,
-    smoothing: ArrayLike = 0.1,
+    smoothing: Number = 0.1,
     over: SmoothedOver = "all",
     vocab_size: int | None = None,
+    *,
+    implementation: Implementation = "auto",
 ) -> Array:
     """−Σᵥ q(v) log p(v) with q = (1 − ε)·onehot(label) + ε/V and p = softmax(logits) (§5.4).
 
-    In the form lse(z) − (1 − ε)·z_y − ε·mean(z), which needs no one-hot array, on a CPU; elsewhere
-    as lse(z) − Σᵥ q(v) z(v), which is one sweep there. In nats a token.
+    In nats a token. Computed as lse(z) − Σᵥ q(v) z(v): the same, since Σᵥ q(v) = 1.
 
     The paper does not say which words share ε. Over `all`, as here, the label gets 1 − ε + ε/V.
     Over the `others` it gets 1 − ε, and each of them ε/(V − 1) (tensor2tensor, fairseq);
@@ -35,51 +67,26 @@ def label_smoothed_cross_entropy(
     A word that is forbidden by a logit of −∞ costs nothing where q(v) = 0, and ∞ elsewhere.
 
     logits: [..., V], labels: [...] integers in [0, vocab_size), smoothing: a number -> [...]
+    implementation: see `tfm.kernels.implementation`.
 
     Inside jit, which cannot raise, a label or a smoothing outside gives NaN, and no gradient: a
     `jnp.where` that leaves such positions out leaves nothing of them.
 
     Raises:
       AssertionError: labels whose shape is not that of the logits without their last axis.
-      ValueError: smoothing outside [0, 1], an unknown `over`, a vocab_size above V, or a label
-        outside [0, vocab_size).
+      ValueError: smoothing outside [0, 1], an unknown `over` or too few words for it, a vocab_size
+        above V, or a label outside [0, vocab_size).
     """
-    assert_fits("logits", logits, (..., None))
     vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
-    if vocab_size > logits.shape[-1]:
-        raise ValueError(f"{vocab_size=} is more than the logits' {logits.shape[-1]}")
-    assert_ids("labels", labels, vocab_size)
-    assert_smoothing(smoothing)
-    if over not in get_args(SmoothedOver):
-        raise ValueError(f"over={over!r} must be one of {get_args(SmoothedOver)}")
-    weights = 1 - smoothing, smoothing
-    return _label_smoothed_cross_entropy(logits, labels, weights, over, vocab_size)
-
-
-def assert_smoothing(smoothing: ArrayLike) -> None:
-    """Asserts that a concrete smoothing is one.
-
-    Raises:
-      ValueError: it is outside [0, 1].
-    """
-    if not is_traced(smoothing) and not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must be in [0, 1], not {smoothing}")
-
-
-@partial(compiled, static_argnames=("over", "vocab_size"))
-def _label_smoothed_cross_entropy(
-    logits: Array,
-    labels: Array,
-    weights: tuple[ArrayLike, ArrayLike],
-    over: SmoothedOver,
-    vocab_size: int,
-) -> Array:
-    """The loss, with `weights` 1 − ε and ε."""
-    assert_fits("labels", labels, logits.shape[:-1], logits=logits)
     logits = logits.astype(working_dtype(logits))
     labels = as_ids(labels)
     inside = (labels >= 0) & (labels < vocab_size)
     label = jnp.where(inside, labels, 0)[..., None]
-    expected = expected_logit(logits, label, weights, over, vocab_size)
-    is_distribution = (weights[0] >= 0) & (weights[1] >= 0)
-    return nan_unless(inside & is_distribution, nn.logsumexp(logits, axis=-1) - expected)
+    if resolve(implementation) == "formula":
+        q = smoothed_labels(logits, label, smoothing, over, vocab_size)
+        loss = -weighted(q, nn.log_softmax(logits)).sum(-1)
+    else:
+        expected = expected_logit(logits, label, smoothing, over, vocab_size)
+        loss = nn.logsumexp(logits, axis=-1) - expected
+    is_distribution = (smoothing >= 0) & (smoothing <= 1)
+    return nan_unless(inside & is_distribution, loss)

@@ -5,16 +5,16 @@ goes in and comes out, attention weights are a second output, dropout draws from
 passes (None means no dropout).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
-from tfm.compilation import compiled, compiled_if
+from tfm.cache import Cache, LayerCache, Memory, SharedCache
+from tfm.compilation import compiled
 from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_logits
@@ -24,7 +24,6 @@ from tfm.layers import (
     DecoderLayer,
     EncoderLayer,
     Functions,
-    LayerCache,
     LayerNorm,
     site_key,
 )
@@ -33,7 +32,10 @@ from tfm.parallel.sharding import constrain, gather_for_compute
 from tfm.shapes import as_ids, assert_broadcasts, assert_fits, assert_ids, nan_unless, with_axes
 
 LAYERS = EncoderLayer, DecoderLayer
-REMAT_LAYERS = nn.remat(EncoderLayer), nn.remat(DecoderLayer)
+REMAT_LAYERS = (
+    nn.remat(EncoderLayer, static_argnums=(5,)),  # return_weights
+    nn.remat(DecoderLayer, static_argnums=(8,)),
+)
 """Each computed anew in the backward pass."""
 
 HeadMasks = dict[str, Array]
@@ -43,32 +45,6 @@ HeadMasks = dict[str, Array]
 def one_sequence(tokens: Array) -> Array:
     """The segment ids of rows that hold one sequence each: 1, and 0 where the token is padding."""
     return (tokens != 0).astype(jnp.int32)
-
-
-class Memory(NamedTuple):
-    """What decoding needs of the source: each decoder layer's cross-attention keys and values."""
-
-    layers: tuple[LayerCache, ...]  # of K = S positions
-    mask: Array  # [B, 1, 1, S]
-
-
-class SharedCache(NamedTuple):
-    """What stays in its place when hypotheses branch."""
-
-    layers: tuple[LayerCache, ...]  # of K = T·W positions: the W rows of each side by side
-
-
-class Cache(NamedTuple):
-    """What decoding remembers of the positions so far.
-
-    Beam search lets hypotheses branch at each position. Their keys and values are not copied for
-    that: they stay in the row that wrote them, and `rows` alone goes with a hypothesis. A step's
-    self-attention then takes W² in the place of W times T products, which for beams costs less than
-    the copies; for very many samples, repeat the source along B in the place of W.
-    """
-
-    rows: Array  # [B, W, T], the row, of W, where each position of a hypothesis is written
-    written: SharedCache
 
 
 class Transformer(nn.Module):
@@ -136,7 +112,10 @@ class Transformer(nn.Module):
         ids = as_ids(ids)
         if words < len(table):  # the rows beyond are no words: NaN, as all ids outside
             ids = jnp.where(ids < words, ids, len(table))
-        x, length = embed(ids, table, scale=c.scale_embeddings), ids.shape[-1]
+        x, length = (
+            embed(ids, table, scale=c.scale_embeddings, implementation=c.implementation),
+            ids.shape[-1],
+        )
         if positions is not None and c.first_position:
             # A negative position stays one, which is invalid.
             positions = as_ids(positions)
@@ -185,31 +164,33 @@ class Transformer(nn.Module):
         context: tuple[Array, ...],
         dropout_key: Array | None,
         *heads: Array | list[None],
-    ) -> list[Array]:
-        """x through one layer after another; then their attention weights [N, ...] of each kind."""
+        return_weights: bool,
+    ) -> tuple[Array, list[Any]]:
+        """x through one layer after another; and their attention weights [N, ...] of each kind."""
         keys = [site_key(dropout_key, 1 + i) for i in range(len(layers))]
         if self.config.scan_layers and not self.is_initializing():
             one = type(layers[0])(self.config, self.functions, parent=None)
             params = jax.tree.map(lambda *p: jnp.stack(p), *(x.variables["params"] for x in layers))
-            each = params, *(None if x[0] is None else jnp.stack(x) for x in (keys, *heads))
-            x, weights = _scan(x, context, each, model=one)
-            return [x, *weights]
-        found = []
+            own: Any = (keys, *heads)
+            each = params, *(None if a[0] is None else jnp.stack(a) for a in own)
+            return _scan(x, context, each, model=one, return_weights=return_weights)
+        layer_weights = []
         for layer, *own in zip(layers, keys, *heads, strict=True):
-            x, *weights = layer(x, *context, *own)
-            found.append(weights)
-        return [x, *map(jnp.stack, zip(*found, strict=True))]
+            x, *weights = layer(x, *context, *own, return_weights)
+            layer_weights.append(weights)
+        return x, jax.tree.map(lambda *w: jnp.stack(w), *layer_weights)
 
     def logits(self, y: Array) -> Array:
         """The decoder's output [..., D] -> logits [..., V], −∞ beyond the vocabulary."""
         c = self.config
         bias = self.bias if c.output_bias else None
-        output = self.get_variable("params", "output")  # not tied, or of `tfm.quantize`
-        if output is None:
-            w = self.target_table.T
-        else:
-            w = output if isinstance(output, Quantized) else gather_for_compute("output", output)
-        logits = output_logits(y, w, bias, compute_dtype=c.compute_dtype)
+        output: Any = self.get_variable("params", "output")  # not tied, or of `tfm.quantize`
+        w: Any = self.target_table.T if output is None else output
+        if output is not None and not isinstance(output, Quantized):
+            w = gather_for_compute("output", output)
+        logits = output_logits(
+            y, w, bias, compute_dtype=c.compute_dtype, implementation=c.implementation
+        )
         logits = constrain(logits, "batch", None, "vocabulary")
         if logits.shape[-1] == c.vocab_size:
             return logits
@@ -224,15 +205,18 @@ class Transformer(nn.Module):
         *,
         dropout_key: Array | None = None,
         head_masks: HeadMasks | None = None,
-    ) -> tuple[Array, Array]:
-        """[..., S] ids -> [..., S, D] and the attention weights [N, ..., H, S, S]."""
+        return_weights: bool = False,
+    ) -> tuple[Array, Array | None]:
+        """[..., S] ids -> [..., S, D], and with `return_weights` [N, ..., H, S, S]."""
         assert_fits("source", source, (..., None))
         segments = one_sequence(source) if source_segment_ids is None else source_segment_ids
         assert_fits("source_segment_ids", segments, source.shape, source=source)
         mask = segment_mask(segments, segments)
         x = self._embed("source", source, source_positions, site_key(dropout_key, 0))
         heads = self._head_masks(head_masks, "encoder", len(self.encoder))
-        x, weights = self._apply_stack(self.encoder, x, (mask,), dropout_key, heads)
+        x, (weights,) = self._apply_stack(
+            self.encoder, x, (mask,), dropout_key, heads, return_weights=return_weights
+        )
         return self.encoder_norm(x) if self.config.has_final_norm else x, weights
 
     def decode(
@@ -245,9 +229,10 @@ class Transformer(nn.Module):
         *,
         dropout_key: Array | None = None,
         head_masks: HeadMasks | None = None,
-    ) -> tuple[Array, Array, Array]:
-        """Decoder inputs [..., T] -> the last layer's output [..., T, D], and the attention
-        weights [N, ..., H, T, T] and [N, ..., H, T, S]."""
+        return_weights: bool = False,
+    ) -> tuple[Array, Array | None, Array | None]:
+        """Decoder inputs [..., T] -> the last layer's output [..., T, D], and with `return_weights`
+        [N, ..., H, T, T] and [N, ..., H, T, S]."""
         assert_fits("target", target, (..., None))
         assert_fits("target_segment_ids", target_segment_ids, target.shape, target=target)
         mask = segment_mask(target_segment_ids, target_segment_ids)
@@ -258,8 +243,11 @@ class Transformer(nn.Module):
             self._head_masks(head_masks, kind, len(self.decoder)) for kind in ("decoder", "cross")
         ]
         context = (encoded, mask, cross_mask)
-        x, *weights = self._apply_stack(self.decoder, x, context, dropout_key, *heads)
-        return self.decoder_norm(x) if self.config.has_final_norm else x, *weights
+        x, (weights, cross_weights) = self._apply_stack(
+            self.decoder, x, context, dropout_key, *heads, return_weights=return_weights
+        )
+        x = self.decoder_norm(x) if self.config.has_final_norm else x
+        return x, weights, cross_weights
 
     def __call__(
         self,
@@ -274,7 +262,7 @@ class Transformer(nn.Module):
         head_masks: HeadMasks | None = None,
         return_weights: bool = False,
         return_features: bool = False,
-    ) -> Array | tuple[Array, dict[str, Array]]:
+    ) -> Array | tuple[Array, dict[str, Any]]:
         """Logits of the next target token at each position.
 
         Args:
@@ -303,13 +291,23 @@ class Transformer(nn.Module):
         if target_segment_ids is None:
             target_segment_ids = one_sequence(target)
         encoded, encoder_weights = self.encode(
-            source, source_segment_ids, source_positions,
-            dropout_key=site_key(dropout_key, 0), head_masks=head_masks,
-        )  # fmt: skip
+            source,
+            source_segment_ids,
+            source_positions,
+            dropout_key=site_key(dropout_key, 0),
+            head_masks=head_masks,
+            return_weights=return_weights,
+        )
         y, weights, cross_weights = self.decode(
-            encoded, target, source_segment_ids, target_segment_ids, target_positions,
-            dropout_key=site_key(dropout_key, 1), head_masks=head_masks,
-        )  # fmt: skip
+            encoded,
+            target,
+            source_segment_ids,
+            target_segment_ids,
+            target_positions,
+            dropout_key=site_key(dropout_key, 1),
+            head_masks=head_masks,
+            return_weights=return_weights,
+        )
         output = y if return_features else self.logits(y)
         if not return_weights:
             return output
@@ -359,35 +357,25 @@ class Transformer(nn.Module):
         return logits, Cache(rows, SharedCache(tuple(new)))
 
 
-def compiled_for_model(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled_if` its keyword-only argument `model` has no `Functions` of its own."""
-    return compiled_if(lambda *_, model, **__: model.functions == Functions(), function)
+def uses_our_functions(*_: Any, model: nn.Module, **__: Any) -> bool:
+    """Whether a model has no `Functions` of its own, which may be made anew for each call."""
+    return model.functions == Functions()
 
 
-@compiled_for_model
+@compiled(static=("model", "return_weights"), keep=uses_our_functions)
 def _scan(
-    x: Array, context: tuple[Array, ...], each: tuple[Any, ...], *, model: nn.Module
-) -> tuple[Array, list[Array]]:
+    x: Array,
+    context: tuple[Array, ...],
+    each: tuple[Any, ...],
+    *,
+    model: nn.Module,
+    return_weights: bool,
+) -> tuple[Array, list[Any]]:
     """x through layers whose parameters and own arguments are stacked; and what else each gives."""
 
     def apply(x, own):
         params, *arguments = own
-        x, *weights = model.apply({"params": params}, x, *context, *arguments)
+        x, *weights = model.apply({"params": params}, x, *context, *arguments, return_weights)
         return x, weights
 
     return jax.lax.scan(apply, x, each)
-
-
-@compiled
-def shift_right(labels: Array, bos: ArrayLike, positions: Array | None = None) -> Array:
-    """The decoder's input: each sequence of `labels` offset by one position, after `bos` (§3.1).
-
-    labels: [..., T] -> [..., T]; `positions` [..., T] says where sequences of a packed row start.
-    """
-    assert_fits("labels", labels, (..., None))
-    labels = as_ids(labels)
-    if positions is None:
-        positions = jnp.arange(labels.shape[-1])
-    assert_broadcasts("positions", positions, labels.shape)
-    starts = with_axes(positions == 0, labels.ndim)
-    return jnp.where(starts, bos, jnp.roll(labels, 1, axis=-1))

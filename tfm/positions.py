@@ -1,6 +1,5 @@
 """§3.5 Positional encoding."""
 
-from functools import partial
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -24,6 +23,12 @@ def _angles(positions: np.ndarray, d_model: int, layout: SinusoidLayout) -> np.n
     return positions.astype(np.float64)[:, None] / 10000.0**exponents
 
 
+def _are_traced(positions: int | Array, *_: Any, **__: Any) -> bool:
+    """Whether positions are an array; those of a length are computed by NumPy, in float64."""
+    return hasattr(positions, "shape") and not isinstance(positions, np.integer)
+
+
+@compiled(static=("d_model", "layout"), keep=_are_traced)
 def sinusoidal_positions(
     positions: int | Array, d_model: int, layout: SinusoidLayout = "interleaved"
 ) -> Array:
@@ -60,8 +65,9 @@ def sinusoidal_positions(
             raise ValueError(f"positions={positions} must be a length, or an array of positions")
         angles = _angles(np.arange(positions), d_model, layout)
         return jnp.asarray(_joined(np.sin(angles), np.cos(angles), layout, np), float)
-    if is_symbolic_dim(positions):
-        positions = jnp.arange(positions)
+    length: Any = positions
+    if is_symbolic_dim(length):
+        positions = jnp.arange(length)
     assert_fits("positions", positions, (...,))
     if positions.ndim == 0:
         raise TypeError(
@@ -73,7 +79,6 @@ def sinusoidal_positions(
     return _encode(positions, d_model, layout)
 
 
-@partial(compiled, static_argnames=("d_model", "layout"))
 def _encode(positions: Array, d_model: int, layout: SinusoidLayout) -> Array:
     """The encoding of each of the positions [...], by the addition theorem."""
     positions = as_ids(positions)

@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
+
+Number = float | Array
+"""A number, which may be traced."""
 
 
 def is_traced(x: Any) -> bool:
@@ -43,7 +47,7 @@ def assert_broadcasts(name: str, array: Array, shape: Sequence[int]) -> None:
     chex.assert_is_broadcastable(array.shape, tuple(shape), custom_message=message)
 
 
-def assert_ids(name: str, ids: Array, size: int) -> None:
+def assert_ids(name: str, ids: ArrayLike, size: int) -> None:
     """Asserts that concrete `ids` lie in [0, size); traced ones have no values to look at.
 
     Raises:
@@ -51,8 +55,8 @@ def assert_ids(name: str, ids: Array, size: int) -> None:
     """
     if is_traced(ids):
         return
-    ids = np.asarray(ids)
-    outside = ids[(ids < 0) | (ids >= size)]
+    numbers = np.asarray(ids)
+    outside = numbers[(numbers < 0) | (numbers >= size)]
     if outside.size:
         raise ValueError(f"argument {name} holds {outside[0]}, outside the {size} ids [0, {size})")
 
@@ -68,7 +72,7 @@ def are_known(*arrays: Array) -> bool:
     return all(isinstance(size, int) for array in arrays for size in array.shape)
 
 
-def nan_unless(condition: Array, x: Array) -> Array:
+def nan_unless(condition: ArrayLike, x: Array) -> Array:
     """x where the condition holds, else NaN: what a compiled function answers to a wrong argument.
 
     The NaN comes from a look-up outside a table: `jax_debug_nans` would find a constant everywhere.

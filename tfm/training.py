@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from tfm.clipping import global_norm
 from tfm.compilation import compiled
 from tfm.config import TransformerConfig
 from tfm.loss import SmoothedOver, assert_smoothing, label_smoothed_cross_entropy
-from tfm.model import Transformer, compiled_for_model, one_sequence, shift_right
+from tfm.masks import shift_right
+from tfm.model import Transformer, one_sequence, uses_our_functions
 from tfm.parallel.sharding import constrain
-from tfm.shapes import assert_fits, assert_ids
+from tfm.renaming import renamed
+from tfm.shapes import Number, assert_fits, assert_ids
 
 Batch = dict[str, Array]
 """Integer arrays [R, L]: source, target (labels); where a row holds several sequences, also their
@@ -96,8 +97,26 @@ def complete(batch: Batch) -> Batch:
     as of one sequence a row, whose positions count from its first place on; where segment ids are
     given, positions count from the start of each segment.
 
+    Raises: as `assert_batch`.
+    """
+    assert_batch(batch)
+    for side in _SIDES:
+        tokens = batch[side]
+        segments, positions = (f"{side}{part}" for part in _PARTS[1:])
+        if positions not in batch:
+            counted = _positions_of(batch.get(segments, jnp.ones_like(tokens)))
+            batch = batch | {positions: counted}
+        if segments not in batch:
+            batch = batch | {segments: one_sequence(tokens)}
+    return batch
+
+
+def assert_batch(batch: Batch) -> None:
+    """Asserts that a batch has what a training needs, and nothing else.
+
     Raises:
       ValueError: source or target is missing, or there is something else in it.
+      AssertionError: shapes that do not fit.
     """
     known = {f"{side}{part}" for part in _PARTS for side in _SIDES}
     if missing := set(_SIDES) - batch.keys():
@@ -112,12 +131,6 @@ def complete(batch: Batch) -> Batch:
         segments, positions = (f"{side}{part}" for part in _PARTS[1:])
         for name in {segments, positions} & batch.keys():
             assert_fits(f"batch[{name!r}]", batch[name], tokens.shape, **{side: tokens})
-        if positions not in batch:
-            counted = _positions_of(batch.get(segments, jnp.ones_like(tokens)))
-            batch = batch | {positions: counted}
-        if segments not in batch:
-            batch = batch | {segments: one_sequence(tokens)}
-    return batch
 
 
 def _positions_of(segments: Array) -> Array:
@@ -128,20 +141,44 @@ def _positions_of(segments: Array) -> Array:
 
 
 def _assert_tokens(model: Transformer, batch: Batch) -> None:
-    """ValueError for concrete tokens outside the vocabulary."""
+    """Asserts that a batch is one, and that concrete tokens are in the vocabulary."""
+    assert_batch(batch)
     c = model.config
     assert_ids("batch['source']", batch["source"], c.source_vocab_size or c.vocab_size)
     assert_ids("batch['target']", batch["target"], c.vocab_size)
 
 
+def _check_loss(
+    model: Transformer,
+    params: chex.ArrayTree,
+    batch: Batch,
+    bos: int,
+    smoothing: Number,
+    dropout_key: Array | None = None,
+    logit_chunk: int | None = None,
+    smoothed_over: SmoothedOver = "all",
+) -> None:
+    assert_smoothing(smoothing)
+    if logit_chunk is not None and logit_chunk < 1:
+        raise ValueError(f"logit_chunk={logit_chunk} must be at least 1")
+    _assert_tokens(model, batch)
+    assert_ids("bos", bos, model.config.vocab_size)
+
+
+@renamed(tokens_at_once="logit_chunk")
+@compiled(
+    static=("model", "logit_chunk", "smoothed_over"),
+    check=_check_loss,
+    keep=lambda model, *_, **__: uses_our_functions(model=model),
+)
 def summed_loss(
     model: Transformer,
     params: chex.ArrayTree,
     batch: Batch,
     bos: int,
-    smoothing: ArrayLike,
+    smoothing: Number,
     dropout_key: Array | None = None,
-    tokens_at_once: int | None = None,
+    logit_chunk: int | None = None,
     smoothed_over: SmoothedOver = "all",
 ) -> tuple[Array, Array]:
     """The loss summed over the target tokens of a batch, and their number.
@@ -150,48 +187,37 @@ def summed_loss(
 
     Args:
       batch: see `Batch`; what it lacks but for the tokens is filled in (`complete`).
-      tokens_at_once: of how many tokens the logits are held at a time, [tokens_at_once, V] in the
-        place of [R·L, V]; the backward pass then computes them anew. None: of all.
+      logit_chunk: of how many tokens the logits are held at a time, [logit_chunk, V] instead of
+        [R·L, V], to save memory; the backward pass then computes them again. None: of all.
       smoothed_over: the words that share ε, see `tfm.label_smoothed_cross_entropy`.
 
     Raises:
-      ValueError: tokens_at_once below 1, a smoothing outside [0, 1], a batch without tokens or with
+      ValueError: logit_chunk below 1, a smoothing outside [0, 1], a batch without tokens or with
         something else, or bos or a token outside the vocabulary.
     """
-    assert_smoothing(smoothing)
-    if tokens_at_once is not None and tokens_at_once < 1:
-        raise ValueError(f"tokens_at_once={tokens_at_once} must be at least 1")
     batch = complete(batch)
-    _assert_tokens(model, batch)
-    assert_ids("bos", bos, model.config.vocab_size)
-    return _summed_loss(
-        params, batch, bos, smoothing, dropout_key,
-        model=model, tokens_at_once=tokens_at_once, smoothed_over=smoothed_over,
-    )  # fmt: skip
-
-
-@compiled_for_model
-def _summed_loss(
-    params, batch, bos, smoothing, dropout_key, *, model, tokens_at_once, smoothed_over
-):
     target_input = shift_right(batch["target"], bos, batch["target_positions"])
     context = {name: value for name, value in batch.items() if name not in _SIDES}
     variables = {"params": params}
-    y = model.apply(
-        variables, batch["source"], target_input, dropout_key=dropout_key, return_features=True,
-        **context,
-    )  # fmt: skip
+    options: dict[str, Any] = {"dropout_key": dropout_key, "return_features": True} | context
+    y: Any = model.apply(variables, batch["source"], target_input, **options)
 
     def losses_of(y: Array, labels: Array) -> Array:
-        logits = model.apply(variables, y, method="logits")
-        vocab_size = model.config.vocab_size
-        return label_smoothed_cross_entropy(logits, labels, smoothing, smoothed_over, vocab_size)
+        logits: Any = model.apply(variables, y, method="logits")
+        return label_smoothed_cross_entropy(
+            logits,
+            labels,
+            smoothing,
+            smoothed_over,
+            model.config.vocab_size,
+            implementation=model.config.implementation,
+        )
 
     real = batch["target_segment_ids"] != 0
-    if tokens_at_once is None:
+    if logit_chunk is None:
         losses = losses_of(y, batch["target"])
     else:
-        losses = _in_chunks(losses_of, tokens_at_once, y, batch["target"])
+        losses = _in_chunks(losses_of, logit_chunk, y, batch["target"])
     return jnp.where(real, losses, 0).sum(), real.sum()
 
 
@@ -234,6 +260,7 @@ def _sum_gradients(
     return lax.scan(add, zeros, (jnp.arange(parts), micro_batches))[0]
 
 
+@renamed(tokens_at_once="logit_chunk")
 def make_train_step(
     model: Transformer,
     optimizer: optax.GradientTransformation,
@@ -242,15 +269,15 @@ def make_train_step(
     smoothing: float = 0.1,
     smoothed_over: SmoothedOver = "all",
     accumulation: int = 1,
-    tokens_at_once: int | None = None,
+    logit_chunk: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure function (state, batch) -> (state, metrics). It is compiled; in a loop give the old
     state's memory to the new one: `jax.jit(step, donate_argnums=0)`.
 
-    The batch's rows are cut into `accumulation` micro-batches, one after another in memory's sake.
+    The batch's rows are cut into `accumulation` micro-batches, one after another to save memory.
     Their gradients are summed over tokens, divided by the batch's tokens and clipped once: the
     update equals that of the whole batch (without dropout, which draws anew for each micro-batch).
-    `tokens_at_once` bounds the memory of the logits (`summed_loss`).
+    `logit_chunk` bounds the memory of the logits (`summed_loss`).
 
     Metrics: `loss` in nats a token with smoothing, `tokens` and `sequences` (target),
     `gradient_norm` before clipping, `largest_gradient`: the greatest |element|, which tells a norm
@@ -265,15 +292,14 @@ def make_train_step(
 
     def gradient(params: chex.ArrayTree, batch: Batch, key: Array):
         of = jax.value_and_grad(summed_loss, argnums=1, has_aux=True)
-        return of(model, params, batch, bos, smoothing, key, tokens_at_once, smoothed_over)
+        return of(model, params, batch, bos, smoothing, key, logit_chunk, smoothed_over)
 
+    def check(state: TrainState, batch: Batch) -> None:
+        _assert_tokens(model, batch)
+
+    @compiled(check=check)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         batch = complete(batch)
-        _assert_tokens(model, batch)
-        return update(state, batch)
-
-    @compiled
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
         (loss, tokens), grads = _sum_gradients(gradient, state.params, batch, key, accumulation)
         count = jnp.maximum(tokens, 1)
@@ -305,8 +331,8 @@ def skip_nonfinite(train_step: Callable[..., Any]) -> Callable[..., Any]:
         updated, metrics = train_step(state, batch)
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         # The key is the same in both; a choice between the two would count as a use of it.
-        both = updated.replace(key=None), state.replace(key=None)
-        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), *both)
-        return kept.replace(key=state.key), metrics | {"skipped": ~sound}
+        both = ((s.step, s.params, s.opt_state) for s in (updated, state))
+        step, params, opt_state = jax.tree.map(lambda a, b: jnp.where(sound, a, b), *both)
+        return TrainState(step, params, opt_state, state.key), metrics | {"skipped": ~sound}
 
     return guarded

@@ -1,6 +1,7 @@
 """Which Transformer is this? The models that bear the paper's name, as far as they differ."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from tfm.config import BASE, TransformerConfig
 from tfm.decoding import Penalty
@@ -26,8 +27,12 @@ class Variant:
     """What differs beyond what these settings can say."""
 
 
-_PRE = {"norm_placement": "pre", "attention_dropout_rate": 0.1, "activation_dropout_rate": 0.1}
-_TORCH = {"projection_bias": True, "layer_norm_epsilon": 1e-5}
+_PRE: dict[str, Any] = {
+    "norm_placement": "pre",
+    "attention_dropout_rate": 0.1,
+    "activation_dropout_rate": 0.1,
+}
+_TORCH: dict[str, Any] = {"projection_bias": True, "layer_norm_epsilon": 1e-5}
 
 
 VARIANTS = {
@@ -55,7 +60,10 @@ VARIANTS = {
     ),
     "annotated": Variant(
         TransformerConfig(
-            **_PRE, source_vocab_size=37_000, tied_output=False, projection_bias=True,
+            **_PRE,
+            source_vocab_size=37_000,
+            tied_output=False,
+            projection_bias=True,
             output_bias=True,
         ),
         smoothed_over="others_but_padding",
@@ -70,5 +78,5 @@ VARIANTS = {
         read="OPUS-MT models as transformers' MarianMTModel holds them",
         apart="Marian itself has tensor2tensor's wave lengths",
     ),
-}  # fmt: skip
+}
 """By name; `paper` is the default everywhere."""

@@ -24,7 +24,8 @@ from experiments.packing import packed_rows
 from experiments.vocabulary import BOS, EOS, Vocabulary
 from tfm.config import TransformerConfig
 from tfm.loss import label_smoothed_cross_entropy
-from tfm.model import Transformer, shift_right
+from tfm.masks import shift_right
+from tfm.model import Transformer
 from tfm.training import Batch, cosine_schedule, init_state, make_optimizer, make_train_step
 
 ROWS = 16  # packed rows in a batch

@@ -82,7 +82,7 @@ def about(work: Work, preset: str) -> Table:
          padded if work.vocabulary != c.vocab_size else ""),
         ("features D, F", f"{c.d_model}, {c.d_ff}", f"H = {c.num_heads} heads"),
         ("layers N_e, N_d", f"{c.num_encoder_layers}, {c.num_decoder_layers}",
-         f"compute_dtype={c.compute_dtype}, attention={c.attention}, "
+         f"compute_dtype={c.compute_dtype}, implementation={c.implementation}, "
          f"rematerialize={c.rematerialize}"),
         ("devices", f"{work.devices}",
          f"data d = {mesh.sizes['data']}, fsdp f = {mesh.fsdp}, tensor t = {mesh.tensor}"),

@@ -73,8 +73,8 @@ class Work:
         platform: 'cpu', 'cuda' or 'tpu'.
         """
         c = self.model
-        if c.attention != "auto" or c.attention_dropout_rate:
-            return c.attention == "reference" or c.attention_dropout_rate > 0
+        if c.implementation != "auto" or c.attention_dropout_rate:
+            return c.implementation == "formula" or c.attention_dropout_rate > 0
         if platform == "cpu":
             whole = self.rows // self.accumulation * c.num_heads * length * keys
             return whole <= CHUNK

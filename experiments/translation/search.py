@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax, nn
 
+from tfm.cache import Cache
 from tfm.decoding import Decoded, Step, beam_search, length_normalized_score, sample, start_decoding
-from tfm.model import Cache, Transformer, shift_right
+from tfm.masks import shift_right
+from tfm.model import Transformer
 
 Mean = Literal["log_linear", "linear"]
 _AXES = Cache(None, 0)  # the models of a group write their own, and share which rows wrote it

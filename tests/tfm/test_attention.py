@@ -224,7 +224,7 @@ def test_chunks_give_what_the_reference_gives(rng, x64, monkeypatch, shape, chun
 
         return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
 
-    chunked, reference = map(value_and_gradients, ("chunked", "reference"))
+    chunked, reference = map(value_and_gradients, ("chunked", "formula"))
     jax.tree.map(partial(assert_close, tolerance=1e-12), chunked, reference)
 
 
@@ -239,7 +239,7 @@ def test_long_sequences_take_chunks_by_themselves_and_little_memory():
         return both.lower(operand, operand, operand).compile().memory_analysis().temp_size_in_bytes
 
     logits = 4 * 8 * 8 * 1024**2
-    assert temporary_bytes(implementation="reference") > logits
+    assert temporary_bytes(implementation="formula") > logits
     assert temporary_bytes() <= temporary_bytes(implementation="chunked") < logits / 4
 
 
@@ -333,7 +333,7 @@ def test_a_gpu_falls_back_where_cudnn_does_not_fit(monkeypatch, query, key, valu
 
 
 def test_an_unknown_implementation_is_refused(rng):
-    words = {"words": ["flash", "reference"], "error": ValueError}
+    words = {"words": ["flash", "formula"], "error": ValueError}
     unknown = partial(scaled_dot_product_attention, implementation="flash")
     assert_refuses(unknown, *[jnp.zeros(FITTING)] * 3, **words)
     several = partial(multi_head_attention, num_heads=2, implementation="flash")
@@ -457,7 +457,7 @@ def test_multi_head_attention_refuses_heads_that_do_not_divide_d_model(rng):
 # What has no number, no size or no value yet
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["auto", "formula", "chunked"])
 @pytest.mark.parametrize(("rows", "length", "keys"), [(2, 3, 0), (2, 0, 3), (0, 3, 3), (0, 0, 0)])
 def test_empty_axes_give_zeros_or_nothing(implementation, rows, length, keys):
     shapes = [(rows, 2, length, 4), (rows, 2, keys, 4), (rows, 2, keys, 5)]
@@ -503,7 +503,7 @@ def test_integers_and_booleans_are_numbers_and_the_others_have_gradients(rng, ki
     jax.tree.map(partial(assert_close, tolerance=1e-6), gradients, expected)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["formula", "chunked"])
 def test_an_integer_operand_of_attention_leaves_the_others_their_gradients(rng, implementation):
     query, key, value = map(jnp.float32, queries_keys_values(rng))
     whole = jnp.round(3 * key).astype(int)
@@ -517,7 +517,7 @@ def test_an_integer_operand_of_attention_leaves_the_others_their_gradients(rng, 
     jax.tree.map(partial(assert_close, tolerance=1e-6), gradients, expected)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["auto", "formula", "chunked"])
 def test_a_symbolic_size_takes_the_formula(rng, implementation):
     symbols = jax.export.symbolic_shape("b, l, k")
 
@@ -535,7 +535,7 @@ def test_a_symbolic_size_takes_the_formula(rng, implementation):
 
 
 @pytest.mark.parametrize("compute_dtype", [None, jnp.bfloat16])
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["formula", "chunked"])
 def test_forward_over_reverse(rng, compute_dtype, implementation):
     x, direction = jnp.float32(rng.standard_normal((2, 2, 3, 6)))
     weights = [jnp.float32(rng.standard_normal((6, 6))) for _ in range(4)]
@@ -554,7 +554,7 @@ def test_forward_over_reverse(rng, compute_dtype, implementation):
 
 def test_16_bit_inputs_have_gradients_of_their_own_type(rng):
     arguments = [jnp.asarray(x, jnp.bfloat16) for x in queries_keys_values(rng)]
-    for implementation in ("reference", "chunked"):
+    for implementation in ("formula", "chunked"):
         attend = partial(scaled_dot_product_attention, implementation=implementation)
         gradients = jax.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2))(*arguments)  # noqa: B023
         assert {g.dtype for g in gradients} == {jnp.dtype(jnp.bfloat16)}

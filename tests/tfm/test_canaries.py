@@ -173,7 +173,7 @@ def decoded(search):
 @pytest.mark.parametrize(
     "case",
     [
-        lambda: trained(MODEL, accumulation=2, tokens_at_once=8),
+        lambda: trained(MODEL, accumulation=2, logit_chunk=8),
         lambda: decoded(beam_search),
         lambda: decoded(partial(sample, key=jax.random.PRNGKey(0), top_k=5, top_p=0.9)),
         lambda: (blocked_transpose, jax.ShapeDtypeStruct((1024, 512), jnp.float32)),

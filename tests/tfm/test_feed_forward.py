@@ -16,7 +16,7 @@ from checks import (
 )
 
 from tfm import dropout, feed_forward
-from tfm.layers import ACTIVATIONS
+from tfm.feed_forward import ACTIVATIONS
 
 
 def inputs(rng, leading=(3,), d_model=4, d_ff=6):

@@ -190,7 +190,7 @@ def test_accelerators_round_what_they_write(monkeypatch, backend, rounded):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
 
     def forward_and_gradients(x, w, cotangent):
-        y, pull = jax.vjp(lambda x, w: linear(x, w, BF16, rounded), x, w)
+        y, pull = jax.vjp(lambda x, w: linear(x, w, BF16, rounded=rounded), x, w)
         assert y.dtype == jnp.float32
         return y, pull(cotangent)
 

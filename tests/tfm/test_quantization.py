@@ -8,7 +8,8 @@ from checks import assert_close, assert_transforms_agree, products_in, relative_
 
 from tfm import Transformer, TransformerConfig, greedy, quantize, start_decoding
 from tfm.kernels.precision import linear
-from tfm.kernels.quantization import Quantized, quantize_rows, side_by_side
+from tfm.kernels.projection import side_by_side
+from tfm.kernels.quantization import Quantized, quantize_rows
 from tfm.training import init_params
 
 CONFIG = TransformerConfig(

@@ -112,7 +112,7 @@ def test_a_mesh_gives_the_losses_of_one_device_in_f32(divided, reference):
     [
         {"source_vocab_size": None, "tied_output": False},
         {"positions": "learned", "norm_placement": "pre"},
-        {"attention": "chunked"},
+        {"implementation": "chunked"},
         {"rematerialize": "layers"},
         {"scan_layers": True},
         {"attention_dropout_rate": 0.2},

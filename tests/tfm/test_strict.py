@@ -68,7 +68,7 @@ def state(optimizer):
 @pytest.mark.slow
 @pytest.mark.usefixtures("mode")
 def test_a_step_of_training(optimizer, state):
-    step = tfm.make_train_step(SHALLOW, optimizer, bos=1, tokens_at_once=4, accumulation=2)
+    step = tfm.make_train_step(SHALLOW, optimizer, bos=1, logit_chunk=4, accumulation=2)
     tfm.skip_nonfinite(step)(state, BATCH)
 
 

@@ -169,10 +169,10 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_real_tokens():
 
 @pytest.mark.parametrize("at_once", [7, 1000])
 def test_the_loss_in_chunks_of_tokens_is_the_loss(at_once):
-    def of(tokens_at_once):
+    def of(logit_chunk):
         def loss(params):
             key = jax.random.PRNGKey(1)
-            return summed_loss(MODEL, params, copy_batch(1), BOS, 0.1, key, tokens_at_once)
+            return summed_loss(MODEL, params, copy_batch(1), BOS, 0.1, key, logit_chunk)
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(initial_state().params)
 
@@ -188,8 +188,8 @@ def test_the_loss_in_chunks_never_holds_all_logits():
     model = Transformer(replace(CONFIG, vocab_size=vocabulary))
     params = param_shapes(model.config)
 
-    def bytes_of(tokens_at_once):
-        loss = functools.partial(summed_loss, tokens_at_once=tokens_at_once)
+    def bytes_of(logit_chunk):
+        loss = functools.partial(summed_loss, logit_chunk=logit_chunk)
         gradient = jax.jit(jax.grad(lambda p: loss(model, p, batch, BOS, 0.1)[0]))
         return gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
 
@@ -197,9 +197,9 @@ def test_the_loss_in_chunks_never_holds_all_logits():
     assert bytes_of(None) > logits > 2 * bytes_of(16)
 
 
-def test_tokens_at_once_below_1_are_refused():
-    with pytest.raises(ValueError, match="tokens_at_once=0 must be at least 1"):
-        summed_loss(MODEL, initial_state().params, copy_batch(0), BOS, 0.1, tokens_at_once=0)
+def test_logit_chunk_below_1_are_refused():
+    with pytest.raises(ValueError, match="logit_chunk=0 must be at least 1"):
+        summed_loss(MODEL, initial_state().params, copy_batch(0), BOS, 0.1, logit_chunk=0)
 
 
 def test_a_step_compiles_once_whatever_its_batch_holds():

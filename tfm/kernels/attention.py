@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,21 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from tfm.kernels.implementation import Implementation, resolve
 from tfm.kernels.precision import plain_matmul, working_dtype
 from tfm.kernels.softmax import exponentials
 from tfm.parallel.sharding import shard_map_logical
 from tfm.shapes import are_known, with_axes
 
-Implementation = Literal["auto", "reference", "chunked", "cudnn"]
-"""How attention is computed; see `tfm.scaled_dot_product_attention`."""
-
 CHUNK = 2**20
 """Logits that the chunked attention holds at a time: 4 MB in f32, which a CPU's cache takes."""
 
-Attend = Callable[[Array, Array, Array, Array | None, DTypeLike | None], Array]
+Kernel = Callable[[Array, Array, Array, Array | None, DTypeLike | None], Array]
 """query, key, value, mask, compute_dtype -> [..., H, L, d_v]"""
 
 
 def attend(
-    formula: Attend,
+    formula: Callable[..., Array],
     query: Array,
     key: Array,
     value: Array,
@@ -35,12 +33,11 @@ def attend(
     compute_dtype: DTypeLike | None,
     implementation: Implementation,
 ) -> Array:
-    """`formula` of such operands, or the same function computed in another way.
+    """`formula`, a `Kernel` and its implementation last, or the same function in another way.
 
     See `tfm.scaled_dot_product_attention`, which has checked the operands.
     """
-    if implementation not in get_args(Implementation):
-        raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
+    implementation = resolve(implementation)
     fits = fits_cudnn(query, key, value, compute_dtype)
     if implementation == "cudnn" and not fits:
         raise ValueError(
@@ -48,21 +45,26 @@ def attend(
             f"multiple of 8 up to 128; not {compute_dtype=} and query, key and value of shape "
             f"{query.shape}, {key.shape} and {value.shape}"
         )
-    named = {"reference": formula, "chunked": _chunked, "cudnn": _cudnn}
-    ways = {name: partial(_in_parts, way, compute_dtype) for name, way in named.items()}
+    named: dict[str, Kernel] = {
+        "auto": partial(formula, implementation="auto"),
+        "formula": partial(formula, implementation="formula"),
+        "chunked": _chunked,
+        "cudnn": _cudnn,
+    }
+    kernels = {name: partial(_in_parts, kernel, compute_dtype) for name, kernel in named.items()}
     has_chunks = are_known(query, key, value) and query.size * key.size * value.size > 0
     if implementation == "chunked" and not has_chunks:
-        implementation = "reference"
+        implementation = "formula"
     if implementation != "auto":
-        return ways[implementation](query, key, value, mask)
+        return kernels[implementation](query, key, value, mask)
     on_platform = {}
     if has_chunks and math.prod(query.shape[:-1]) * key.shape[-2] > CHUNK:
-        on_platform["cpu"] = ways["chunked"]
+        on_platform["cpu"] = kernels["chunked"]
     if fits and _cudnn_is_here():
-        on_platform["cuda"] = ways["cudnn"]
+        on_platform["cuda"] = kernels["cudnn"]
     if not on_platform:
-        return ways["reference"](query, key, value, mask)
-    return lax.platform_dependent(query, key, value, mask, default=ways["reference"], **on_platform)
+        return kernels["auto"](query, key, value, mask)
+    return lax.platform_dependent(query, key, value, mask, default=kernels["auto"], **on_platform)
 
 
 def fits_cudnn(query: Array, key: Array, value: Array, compute_dtype: DTypeLike | None) -> bool:
@@ -138,17 +140,18 @@ def _map_heads(function: Callable[..., Any], mask: Array | None, *arrays: Array)
     *leading, length, _ = arrays[0].shape
     mask = jnp.ones((1, 1), bool) if mask is None else jnp.atleast_2d(mask)
     masks = mask.reshape(-1, *mask.shape[-2:])
-    # Which of the masks each head has: they are not copied to the heads that share one.
-    which = np.broadcast_to(np.arange(len(masks)).reshape(mask.shape[:-2]), leading).reshape(-1)
-    most = min(which.size, max(1, CHUNK // (length * arrays[1].shape[-2])))
-    size = next(n for n in range(most, 0, -1) if which.size % n == 0)
+    # Heads that share a mask read one copy of it.
+    mask_index = np.arange(len(masks)).reshape(mask.shape[:-2])
+    mask_index = np.broadcast_to(mask_index, leading).reshape(-1)
+    most = min(mask_index.size, max(1, CHUNK // (length * arrays[1].shape[-2])))
+    size = next(n for n in range(most, 0, -1) if mask_index.size % n == 0)
 
     def one(head):
         i, *matrices = head
         return function(masks[i], *matrices)
 
     flat = [x.reshape(-1, *x.shape[-2:]) for x in arrays]
-    out = lax.map(one, (jnp.asarray(which), *flat), batch_size=size)
+    out = lax.map(one, (jnp.asarray(mask_index), *flat), batch_size=size)
     return jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), out)
 
 
@@ -178,14 +181,14 @@ def _cudnn(
         # cuDNN 9.19; seen on an H200): it sees none.
         mask = few(mask | ~attends)
     out = jax.nn.dot_product_attention(
-        *map(rows, (query, key, value)), mask=mask, implementation="cudnn"
+        rows(query), rows(key), rows(value), mask=mask, implementation="cudnn"
     )
     out = jnp.swapaxes(out, 1, 2).reshape(query.shape).astype(working_dtype(query, key, value))
     return out if attends is None else jnp.where(attends, out, 0)
 
 
 def _in_parts(
-    way: Attend,
+    kernel: Kernel,
     compute_dtype: DTypeLike | None,
     query: Array,
     key: Array,
@@ -197,7 +200,7 @@ def _in_parts(
     operands = (query, key, value) if mask is None else (query, key, value, mask)
 
     def attend(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
-        return way(query, key, value, mask, compute_dtype)
+        return kernel(query, key, value, mask, compute_dtype)
 
     return shard_map_logical(
         attend,

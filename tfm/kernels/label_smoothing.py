@@ -4,9 +4,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from tfm.kernels.precision import on_cpu
+from tfm.shapes import Number
 
 SmoothedOver = Literal["all", "others", "others_but_padding"]
 """Which words share ε; see `tfm.label_smoothed_cross_entropy`."""
@@ -15,34 +15,41 @@ SmoothedOver = Literal["all", "others", "others_but_padding"]
 def expected_logit(
     logits: Array,
     label: Array,
-    weights: tuple[ArrayLike, ArrayLike],
+    smoothing: Number,
     over: SmoothedOver,
     vocab_size: int,
 ) -> Array:
-    """Σᵥ q(v) z(v): logits [..., V], label [..., 1], weights 1 − ε and ε -> [...]"""
-    way = by_gather if on_cpu() else in_one_sum
-    return way(logits, label, weights, over, vocab_size)
+    """Σᵥ q(v) z(v): logits [..., V], label [..., 1] -> [...]"""
+    form = by_gather if on_cpu() else in_one_sum
+    return form(logits, label, smoothing, over, vocab_size)
 
 
 def by_gather(
-    logits: Array, label: Array, weights: tuple, over: SmoothedOver, vocab_size: int
+    logits: Array, label: Array, smoothing: Number, over: SmoothedOver, vocab_size: int
 ) -> Array:
-    """The label's logit, and a sum over the words that share ε."""
+    """(1 − ε) z(label) + ε · mean of z over the words that share ε."""
     label_logit = jnp.take_along_axis(logits, label, axis=-1)[..., 0]
     _, shares, number = _sharing(logits, label, over, vocab_size)
     sharing = logits if shares is None else jnp.where(shares, logits, 0)
-    return _weighted(weights[0], label_logit) + _weighted(weights[1], sharing.sum(-1) / number)
+    return weighted(1 - smoothing, label_logit) + weighted(smoothing, sharing.sum(-1) / number)
 
 
 def in_one_sum(
-    logits: Array, label: Array, weights: tuple, over: SmoothedOver, vocab_size: int
+    logits: Array, label: Array, smoothing: Number, over: SmoothedOver, vocab_size: int
 ) -> Array:
     """The same in one sweep: the gradient of a gather is a scatter, before which XLA for a GPU
     would write the gradient of all logits to memory, and once more to round it."""
+    q = smoothed_labels(logits, label, smoothing, over, vocab_size)
+    return weighted(q, logits).sum(-1)
+
+
+def smoothed_labels(
+    logits: Array, label: Array, smoothing: Number, over: SmoothedOver, vocab_size: int
+) -> Array:
+    """q(v) = (1 − ε)·onehot(label) + ε/n for the n words that share ε: [..., V] as the logits."""
     is_label, shares, number = _sharing(logits, label, over, vocab_size)
-    q = jnp.where(is_label, weights[0], 0)
-    q += weights[1] / number if shares is None else jnp.where(shares, weights[1] / number, 0)
-    return _weighted(q, logits).sum(-1)
+    q = jnp.where(is_label, 1 - smoothing, 0)
+    return q + (smoothing / number if shares is None else jnp.where(shares, smoothing / number, 0))
 
 
 def _sharing(
@@ -59,6 +66,6 @@ def _sharing(
     return is_label, shares & ~is_label if over != "all" else shares, number
 
 
-def _weighted(weight: ArrayLike, logit: Array) -> Array:
+def weighted(weight: Number, logit: Array) -> Array:
     """weight · logit, with 0 · −∞ = 0: a forbidden word without weight does not count."""
     return weight * jnp.where((weight == 0) & jnp.isneginf(logit), 0, logit)

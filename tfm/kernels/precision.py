@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from tfm.compilation import compiled
+from tfm.kernels.implementation import Implementation, resolve
 from tfm.kernels.quantization import Quantized, quantized_linear
 from tfm.parallel.sharding import is_divided
 from tfm.shapes import are_known
@@ -30,7 +31,8 @@ def on_cpu() -> bool:
     another platform keeps the form of this one. Of `lax.platform_dependent` JAX would compile the
     transpose anew in each gradient outside of jit.
     """
-    device = jax.config.jax_default_device  # None, a platform by name, or a device
+    # None, a platform by name, or a device.
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)
     return platform == "cpu"
 
@@ -90,8 +92,13 @@ def _backward(compute_dtype, operands, cotangent):
 _low_precision_matmul.defvjp(_forward, _backward)
 
 
-@partial(compiled, static_argnames="compute_dtype")
-def matmul(a: Array, b: Array, compute_dtype: DTypeLike | None = None) -> Array:
+@compiled(static=("compute_dtype", "implementation"))
+def matmul(
+    a: Array,
+    b: Array,
+    compute_dtype: DTypeLike | None = None,
+    implementation: Implementation = "auto",
+) -> Array:
     """a b over the last two axes, with equal (or broadcastable) leading axes.
 
     a: [..., L, I], b: [..., I, O] -> [..., L, O] in f32, or the wider of the inputs.
@@ -100,20 +107,24 @@ def matmul(a: Array, b: Array, compute_dtype: DTypeLike | None = None) -> Array:
     leading = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a = jnp.broadcast_to(a, leading + a.shape[-2:])
     b = jnp.broadcast_to(b, leading + b.shape[-2:])
-    if compute_dtype is None:
-        return plain_matmul(a, b)
+    if compute_dtype is None or resolve(implementation) == "formula":
+        return plain_matmul(a, b, compute_dtype)
     return _low_precision_matmul(a, b, jnp.dtype(compute_dtype))
 
 
 def plain_matmul(a: Array, b: Array, compute_dtype: DTypeLike | None = None) -> Array:
-    """`matmul` of equal leading axes without a custom rule: rules of differentiation use it, since
-    forward mode cannot go through a custom_vjp."""
+    """`matmul` of equal leading axes without a custom rule: rules of differentiation use it too,
+    since forward mode cannot go through a custom_vjp."""
     return _batched(a, -1, b, -2, compute_dtype or working_dtype(a, b))
 
 
-@partial(compiled, static_argnames=("compute_dtype", "rounded"))
+@compiled(static=("compute_dtype", "implementation", "rounded"))
 def linear(
-    x: Array, w: Array | Quantized, compute_dtype: DTypeLike | None = None, rounded: bool = True
+    x: Array,
+    w: Array | Quantized,
+    compute_dtype: DTypeLike | None = None,
+    implementation: Implementation = "auto",
+    rounded: bool = True,
 ) -> Array:
     """x w, one row at a time; of a `Quantized` matrix in 8 bits, whatever the compute_dtype.
 
@@ -123,6 +134,9 @@ def linear(
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if isinstance(w, Quantized):
         y = quantized_linear(rows, w)
+    elif resolve(implementation) == "formula":
+        rows, w = floating(rows, w)
+        y = plain_matmul(rows, w, compute_dtype)
     elif compute_dtype is None:
         y = _linear(*floating(rows, w))
     else:
@@ -169,7 +183,7 @@ def _linear_backward(compute_dtype, rounded, operands, cotangent):
 _low_precision_linear.defvjp(_linear_forward, _linear_backward)
 
 
-@compiled
+@compiled()
 def blocked_transpose(x: Array) -> Array:
     """xᵀ, on a CPU written out a few rows at a time: [N, I] -> [I, N].
 
@@ -191,9 +205,14 @@ def blocked_transpose(x: Array) -> Array:
     return lax.platform_dependent(x, cpu=in_blocks, default=jnp.transpose)
 
 
-def broadcast_row(row: Array, shape: tuple[int, ...]) -> Array:
+def broadcast_row(
+    row: Array, shape: tuple[int, ...], implementation: Implementation = "auto"
+) -> Array:
     """`row` [D], repeated to `shape` [..., D]."""
-    return _over_rows(*floating(row), shape)
+    (row,) = floating(row)
+    if resolve(implementation) == "formula":
+        return jnp.broadcast_to(row, shape)
+    return _over_rows(row, shape)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -3,9 +3,10 @@
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from tfm.compilation import compiled
 
 LEVELS = 127  # -127 … 127: as far from zero on both sides
 
@@ -24,7 +25,8 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.values.shape[::-1]
+        outputs, inputs = self.values.shape
+        return inputs, outputs
 
 
 def quantize_rows(x: Array) -> tuple[Array, Array]:
@@ -50,13 +52,7 @@ def quantized_linear(x: Array, w: Quantized) -> Array:
     return (products * w.scale).T * scale
 
 
-def side_by_side(matrices: list[Array | Quantized]) -> Array | Quantized:
-    """[I, O₁], [I, O₂], … -> [I, O₁ + O₂ + …]"""
-    if isinstance(matrices[0], Quantized):
-        return jax.tree.map(lambda *x: jnp.concatenate(x), *matrices)
-    return jnp.concatenate(matrices, axis=1)
-
-
+@compiled()
 def quantize(params: Any) -> Any:
     """The parameters of a `tfm.Transformer` with its matrices in 8 bits.
 
@@ -69,11 +65,12 @@ def quantize(params: Any) -> Any:
         return Quantized(*quantize_rows(w))
 
     def walk(tree: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: walk(value) if isinstance(value, dict)
-            else transposed(value.T) if name in MATRICES else value
-            for name, value in tree.items()
-        }  # fmt: skip
+        return {name: part(name, value) for name, value in tree.items()}
+
+    def part(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return walk(value)
+        return transposed(value.T) if name in MATRICES else value
 
     output = params["output"].T if "output" in params else params["embedding"]
     return walk(params) | {"output": transposed(output)}

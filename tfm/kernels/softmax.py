@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tfm.kernels.implementation import Implementation, resolve
 from tfm.shapes import with_axes
 
 
-@jax.custom_jvp
-def masked_softmax(logits: Array, mask: Array | None = None) -> Array:
+def masked_softmax(
+    logits: Array, mask: Array | None = None, implementation: Implementation = "auto"
+) -> Array:
     """softmax over the last axis, restricted to where `mask` is True.
 
     y = softmax(z): yₖ = exp(zₖ) / Σⱼ exp(zⱼ), summed over allowed j only; dy = y ⊙ (dz − Σ y dz).
@@ -16,6 +18,11 @@ def masked_softmax(logits: Array, mask: Array | None = None) -> Array:
 
     logits: [..., K], mask: boolean, broadcastable to it -> [..., K]
     """
+    form = _softmax if resolve(implementation) == "formula" else _softmax_with_derivative
+    return form(logits, mask)
+
+
+def _softmax(logits: Array, mask: Array | None) -> Array:
     numerators, total, _ = exponentials(logits, mask)
     return numerators / total
 
@@ -32,9 +39,12 @@ def exponentials(logits: Array, mask: Array | None) -> tuple[Array, Array, Array
     return numerators, jnp.where(total > 0, total, 1), largest
 
 
+_softmax_with_derivative = jax.custom_jvp(_softmax)
+
+
 # Autodiff would keep the exponentials and their sums too; the weights alone are enough.
-@masked_softmax.defjvp
-def _masked_softmax_jvp(primals, tangents):
-    weights = masked_softmax(*primals)
+@_softmax_with_derivative.defjvp
+def _softmax_jvp(primals, tangents):
+    weights = _softmax_with_derivative(*primals)
     weighted = weights * tangents[0]
     return weights, weighted - weights * weighted.sum(-1, keepdims=True)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tfm.kernels.implementation import Implementation, resolve
 from tfm.parallel import sharding
 from tfm.shapes import nan_unless
 
@@ -15,10 +16,10 @@ def _batched(ids: Array) -> tuple[str | None, ...]:
     return ("batch",) + (None,) * (ids.ndim - 1) if ids.ndim > 1 else (None,) * ids.ndim
 
 
-@jax.custom_vjp
-def lookup(table: Array, ids: Array) -> Array:
+def lookup(table: Array, ids: Array, implementation: Implementation = "auto") -> Array:
     """table[ids], and NaN for an id outside the table: [V, D], [...] -> [..., D]"""
-    return _rows(table, ids)
+    form = _rows if resolve(implementation) == "formula" else _rows_with_derivative
+    return form(table, ids)
 
 
 def _rows(table: Array, ids: Array) -> Array:
@@ -39,11 +40,14 @@ def _rows(table: Array, ids: Array) -> Array:
     return nan_unless(((ids >= 0) & (ids < vocabulary))[..., None], rows)
 
 
-def _lookup_forward(table, ids):
+_rows_with_derivative = jax.custom_vjp(_rows)
+
+
+def _forward(table, ids):
     return _rows(table, ids), (table, ids)
 
 
-def _lookup_backward(residuals, cotangent):
+def _backward(residuals, cotangent):
     table, ids = residuals
     vocabulary, batch = len(table), ids.shape[0] if ids.ndim else 1
 
@@ -59,11 +63,8 @@ def _lookup_backward(residuals, cotangent):
         return sharding.psum_over(gradient, "batch", batch) if ids.ndim > 1 else gradient
 
     batched = _batched(ids)
-    gradient = sharding.shard_map_logical(
-        gradient_of, (table, TABLE), (ids, batched), (cotangent, (*batched, None)),
-        out=(table.shape, TABLE),
-    )  # fmt: skip
-    return gradient, None
+    parts = (table, TABLE), (ids, batched), (cotangent, (*batched, None))
+    return sharding.shard_map_logical(gradient_of, *parts, out=(table.shape, TABLE)), None
 
 
-lookup.defvjp(_lookup_forward, _lookup_backward)
+_rows_with_derivative.defvjp(_forward, _backward)

@@ -122,7 +122,9 @@ def fit_vocabulary(params: chex.ArrayTree, config: TransformerConfig) -> chex.Ar
         if "vocabulary" not in meanings:
             return x
         axis = meanings.index("vocabulary")
-        size = config.source_vocab_size if name == "source_embedding" else config.vocab_size
+        size = config.vocab_size
+        if name == "source_embedding":
+            size = config.source_vocab_size or size
         if x.shape[axis] == config.padded(size):
             return x
         words = jnp.moveaxis(x, axis, 0)[:size]

@@ -1,6 +1,6 @@
 """Whether the accelerator computes what the CPU computes: both in this process.
 
-The CPU's side is the formula (`attention="reference"`); both have the layers as one loop, which
+The CPU's side is the formula (`implementation="formula"`); both have the layers as one loop, which
 compiles in a fraction of the time. Errors are relative: ‖x − y‖ / ‖y‖ over all that is compared, y
 of the CPU.
 """
@@ -28,7 +28,8 @@ from tfm import (
     start_decoding,
 )
 from tfm.attention import scaled_dot_product_attention
-from tfm.kernels.attention import Implementation, fits_cudnn
+from tfm.kernels.attention import fits_cudnn
+from tfm.kernels.implementation import Implementation
 from tfm.training import init_params, summed_loss
 
 Devices = tuple[jax.Device, jax.Device]
@@ -67,7 +68,7 @@ def on_both(devices: Sequence[jax.Device], functions: Sequence[Callable], *argum
 def sides(config: TransformerConfig) -> tuple[Transformer, Transformer]:
     """The model as the accelerator has it, and as the CPU's reference."""
     own = dataclasses.replace(config, scan_layers=True)
-    return Transformer(own), Transformer(dataclasses.replace(own, attention="reference"))
+    return Transformer(own), Transformer(dataclasses.replace(own, implementation="formula"))
 
 
 def log_probs(model: Transformer, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -219,7 +220,7 @@ def attention(session: Session, devices: Devices, implementation: Implementation
         gradients = jax.grad(lambda *x: (attend(*x) * weights).sum(), argnums=(0, 1, 2))
         return attend(q, k, v), gradients(q, k, v)
 
-    functions = (partial(both, jnp.bfloat16, implementation), partial(both, None, "reference"))
+    functions = (partial(both, jnp.bfloat16, implementation), partial(both, None, "formula"))
     result, expected = on_both(devices, functions, query, key, value, mask, weights)
     errors = [relative_error(x, y) for x, y in zip(result, expected, strict=True)]
     made = judged(max(errors), AGREE["bfloat16"], forward_error=errors[0], gradient_error=errors[1])
@@ -233,7 +234,7 @@ def attention(session: Session, devices: Devices, implementation: Implementation
 def run(session: Session) -> None:
     """The cheap checks first, since compiling the model takes most of the time."""
     devices = accelerator.first(), jax.local_devices(backend="cpu")[0]
-    for implementation in ("reference", "chunked", "cudnn"):
+    for implementation in ("formula", "chunked", "cudnn"):
         name = f"attention {implementation} against the formula in f32, empty row"
         if implementation == "cudnn" and (missing := accelerator.why_no_cudnn()):
             session.skip(name, missing)

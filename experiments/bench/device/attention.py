@@ -13,7 +13,7 @@ from experiments.bench.device import accelerator
 from experiments.bench.device.session import Row, Session
 from experiments.bench.device.timing import compile_timed, median_seconds, program_bytes
 from tfm.attention import scaled_dot_product_attention
-from tfm.kernels.attention import Implementation
+from tfm.kernels.implementation import Implementation
 
 
 def shape_of(session: Session, length: int) -> tuple[int, int, int, int]:
@@ -58,7 +58,7 @@ def titles(session: Session) -> list[tuple[str, int, bool]]:
 
 def run(session: Session) -> None:
     for title, length, backward in titles(session):
-        for way in ("cudnn", "reference", "chunked"):
+        for way in ("cudnn", "formula", "chunked"):
             name = f"{title}, {way}"
             if way == "cudnn" and (missing := accelerator.why_no_cudnn()):
                 session.skip(name, missing)

@@ -32,12 +32,12 @@ from tfm.training import TrainState
 
 VARIANTS = {
     "plain": {},
-    "attention=reference": {"attention": "reference"},
+    "formula": {"implementation": "formula"},
     "scan_layers": {"scan_layers": True},
     "rematerialize": {"rematerialize": "layers"},
-    "attention=cudnn": {"attention": "cudnn"},
+    "cudnn": {"implementation": "cudnn"},
 }
-"""plain has `attention="auto"`, which is to be cuDNN's on a GPU: `cudnn` of its row says so."""
+"""plain has `implementation="auto"`, cuDNN's attention on a GPU: `cudnn` of its row says so."""
 
 FOR_ROW = 25.0
 """Seconds that a variant takes at least, most of them to compile: less left, it is not begun."""
@@ -58,11 +58,11 @@ def bfloat16(config: TransformerConfig, **options: Any) -> TransformerConfig:
 
 
 def chosen_rows(session: Session, config: TransformerConfig) -> int:
-    """Rows to begin with: of the reference attention, which needs the most memory."""
+    """Rows to begin with: of the formula, which needs the most memory."""
     memory, sizes = accelerator.memory_bytes(), session.sizes
     if memory is None:
         return sizes.most_rows
-    needy = bfloat16(config, attention="reference")
+    needy = bfloat16(config, implementation="formula")
     return fitting_rows(needy, sizes.length, sizes.most_rows, memory)
 
 
@@ -122,7 +122,7 @@ def run(session: Session) -> None:
     order += [(v, *named) for named in session.sizes.models for v in VARIANTS if v != "plain"]
     for variant, name, config in order:
         title = f"{name} {variant}"
-        if variant == "attention=cudnn" and (missing or name in fused):
+        if variant == "cudnn" and (missing or name in fused):
             session.skip(title, missing or "plain is the same program")
             continue
         profile = name.lower() if variant == "plain" else None

@@ -61,7 +61,7 @@ def _rows(session: Session, config: TransformerConfig, where: str) -> int:
     if where == "cpu":
         return sizes.most_rows
     memory = torch.cuda.get_device_properties(0).total_memory * 0.9
-    needy = bfloat16(config, attention="reference")
+    needy = bfloat16(config, implementation="formula")
     return fitting_rows(needy, sizes.length, sizes.most_rows, memory)
 
 

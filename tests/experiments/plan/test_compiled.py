@@ -89,7 +89,7 @@ def test_the_plan_is_what_xla_makes_for_two_devices(mesh):
 
 
 def products_over_lowered(config):
-    work = Work(dataclasses.replace(config, attention="reference"), MeshConfig(1), 8, 64, 48)
+    work = Work(dataclasses.replace(config, implementation="formula"), MeshConfig(1), 8, 64, 48)
     return products(work).step / lower(work).cost_analysis()["flops"]
 
 

@@ -112,10 +112,10 @@ def test_weights_are_kept_where_attention_is_not_fused():
     assert sixteen.keeps_weights(20, 12, "tpu") and sixteen.keeps_weights(21, 12, "cuda")
     assert work().keeps_weights(20, 20, "cuda") and work().keeps_weights(20, 20, "cpu")
     assert not work(rows=1600).keeps_weights(20, 20, "cpu")  # more than CHUNK logits
-    for name, kept in (("chunked", False), ("reference", True)):
-        chosen = work(dataclasses.replace(SMALL, attention=name))
+    for name, kept in (("chunked", False), ("formula", True)):
+        chosen = work(dataclasses.replace(SMALL, implementation=name))
         assert chosen.keeps_weights(20, 20, "cpu") == kept
-    dropped = work(dataclasses.replace(SMALL, attention="chunked", attention_dropout_rate=0.1))
+    dropped = work(dataclasses.replace(SMALL, implementation="chunked", attention_dropout_rate=0.1))
     assert dropped.keeps_weights(20, 20, "cuda")
 
 

@@ -1,0 +1,28 @@
+"""How a formula is computed: as it stands, or by the kernels of this folder."""
+
+import warnings
+from typing import Literal, cast, get_args
+
+Implementation = Literal["auto", "formula", "chunked", "cudnn"]
+"""How a function is computed, to the same result.
+
+auto:    by the kernels of this folder, as they are fast on the device
+formula: as it stands in the paper, by plain operations and their own derivatives
+chunked: attention a few heads at a time; everything else as auto
+cudnn:   attention by NVIDIA's fused kernel; everything else as auto
+"""
+
+
+def resolve(implementation: str) -> Implementation:
+    """The implementation of that name, or of a former one with a warning.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if implementation == "reference":
+        message = "implementation='reference' is called 'formula' now"
+        warnings.warn(message, FutureWarning, stacklevel=2)
+        return "formula"
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
+    return cast(Implementation, implementation)
