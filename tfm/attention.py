@@ -1,7 +1,9 @@
 """§3.2 Attention: scaled dot-product attention and its several heads."""
 
+from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -30,9 +32,14 @@ def _check(query: Array, key: Array, mask: Array | None) -> None:
             )
 
 
-def _mask_of_heads(mask: Array | None, ndim: int) -> Array:
-    """The mask with as many axes as the queries; where there is none, one that allows all."""
-    return with_axes(jnp.ones((), bool) if mask is None else mask, ndim)
+def _map_heads(one_head: Callable[..., Array], *operands: Array, mask: Array | None) -> Array:
+    """one_head(*matrices, mask) under `jax.vmap` over heads, examples and whatever comes first."""
+    mask = with_axes(jnp.ones((), bool) if mask is None else mask, operands[0].ndim)
+    is_shared = [size == 1 for size in mask.shape[:-2]]  # one mask for all along that axis
+    mask = mask.squeeze([axis for axis, shared in enumerate(is_shared) if shared])
+    for shared in reversed(is_shared):
+        one_head = jax.vmap(one_head, (*[0] * len(operands), None if shared else 0))
+    return one_head(*operands, mask)
 
 
 @compiled(static=("compute_dtype", "implementation"))
@@ -62,15 +69,13 @@ def attention_weights(
     """
     _check(query, key, mask)
 
-    def one_head(query: Array, key: Array, mask: Array) -> Array:
+    def one_head(query: Array, key: Array, mask: Array) -> Array:  # [L, d_k], [K, d_k], [L, K]
         # Dividing the queries is the same as dividing the logits, of which there are more.
         query = query / query.shape[-1] ** 0.5
         logits = matmul(query, key.T, compute_dtype, implementation)
         return masked_softmax(logits, mask, implementation)
 
-    # Under `jax.vmap` over heads, examples and whatever comes first; m and n of a mask may be 1.
-    every_head = jnp.vectorize(one_head, signature="(l,d),(k,d),(m,n)->(l,k)")
-    return every_head(query, key, _mask_of_heads(mask, query.ndim))
+    return _map_heads(one_head, query, key, mask=mask)
 
 
 @compiled(static=("compute_dtype", "implementation"))
@@ -132,8 +137,7 @@ def _attention(
         )
         return matmul(weights, value, compute_dtype, implementation)
 
-    every_head = jnp.vectorize(one_head, signature="(l,d),(k,d),(k,v),(m,n)->(l,v)")
-    return every_head(query, key, value, _mask_of_heads(mask, query.ndim))
+    return _map_heads(one_head, query, key, value, mask=mask)
 
 
 @compiled(static=("num_heads",))
