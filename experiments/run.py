@@ -43,6 +43,20 @@ def _plain_cluster_flags(arguments: list[str]) -> list[str]:
     return [re.sub(rf"^--({names})(?==|$)", r"--cluster.\1", a) for a in arguments]
 
 
+def _current_flags(arguments: list[str]) -> list[str]:
+    """Flags of former names under their present ones, which a line on standard error names."""
+    current = []
+    for argument in arguments:
+        renamed = re.sub(r"^--model[.]attention(?==|$)", "--model.implementation", argument)
+        if renamed != argument:
+            print("note: --model.attention is called --model.implementation now", file=sys.stderr)
+        before = current[-1] if current else ""
+        if before == "--model.implementation" or renamed.startswith("--model.implementation="):
+            renamed = re.sub(r"(^|=)reference$", r"\1formula", renamed)
+        current.append(renamed)
+    return current
+
+
 def pronounce(arguments: list[str]) -> None:
     """Parses the flags over the chosen preset, and runs the task."""
     import tyro
@@ -219,7 +233,7 @@ def main(arguments: list[str]) -> None:
     if name not in EXPERIMENTS:
         print(f"error: no experiment named {name!r}\n\n{usage()}", file=sys.stderr)
         sys.exit(2)
-    flags = arguments[1:] if arguments[:1] == [name] else arguments
+    flags = _current_flags(arguments[1:] if arguments[:1] == [name] else arguments)
     try:
         globals()["import_" if name == "import" else name](flags)  # a word of Python's
     except KeyboardInterrupt as error:  # a training saves first

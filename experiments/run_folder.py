@@ -46,7 +46,7 @@ def changes(
     old: dict[str, Any], new: dict[str, Any], may_differ: Collection[str] = ()
 ) -> list[str]:
     """`differences` of two runs' configs; an older one may lack fields that the model has since."""
-    if "model" in old:
+    if isinstance(old.get("model"), dict):
         old = old | {"model": current_fields(old["model"])}
     return differences(old, new, may_differ, {"model": plain(TransformerConfig())})
 

@@ -28,8 +28,9 @@ from jax.typing import ArrayLike
 from tfm.cache import Memory, SharedCache
 from tfm.compilation import compiled
 from tfm.kernels.precision import working_dtype
-from tfm.model import Transformer, uses_our_functions
+from tfm.model import Transformer
 from tfm.shapes import Number, assert_fits, assert_ids, is_traced, nan_unless
+from tfm.stack import uses_our_functions
 
 Cache = Any
 Step = Callable[[Array, Array, Cache], tuple[Array, Cache]]

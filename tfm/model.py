@@ -5,24 +5,19 @@ goes in and comes out, attention weights are a second output, dropout draws from
 passes (None means no dropout).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from tfm.cache import Cache, LayerCache, Memory, SharedCache
-from tfm.compilation import compiled
 from tfm.config import TransformerConfig
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_logits
 from tfm.kernels.quantization import Quantized
 from tfm.layers import (
     INITIALIZERS,
-    DecoderLayer,
-    EncoderLayer,
     Functions,
     LayerNorm,
     site_key,
@@ -30,13 +25,7 @@ from tfm.layers import (
 from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.parallel.sharding import constrain, gather_for_compute
 from tfm.shapes import as_ids, assert_broadcasts, assert_fits, assert_ids, nan_unless, with_axes
-
-LAYERS = EncoderLayer, DecoderLayer
-REMAT_LAYERS = (
-    nn.remat(EncoderLayer, static_argnums=(5,)),  # return_weights
-    nn.remat(DecoderLayer, static_argnums=(8,)),
-)
-"""Each computed anew in the backward pass."""
+from tfm.stack import LAYERS, REMAT_LAYERS, apply_stack
 
 HeadMasks = dict[str, Array]
 """What each head's output is multiplied by: 'encoder', 'decoder', 'cross' -> [N, H]; optional."""
@@ -45,6 +34,11 @@ HeadMasks = dict[str, Array]
 def one_sequence(tokens: Array) -> Array:
     """The segment ids of rows that hold one sequence each: 1, and 0 where the token is padding."""
     return (tokens != 0).astype(jnp.int32)
+
+
+def layer_keys(key: Array | None, number: int) -> list[Array | None]:
+    """The dropout key of each layer; site 0 is that of the embeddings."""
+    return [site_key(key, 1 + i) for i in range(number)]
 
 
 class Transformer(nn.Module):
@@ -157,29 +151,6 @@ class Transformer(nn.Module):
         assert_fits(f"head_masks[{kind!r}]", head_masks[kind], (layers, self.config.num_heads))
         return head_masks[kind]
 
-    def _apply_stack(
-        self,
-        layers: Sequence[nn.Module],
-        x: Array,
-        context: tuple[Array, ...],
-        dropout_key: Array | None,
-        *heads: Array | list[None],
-        return_weights: bool,
-    ) -> tuple[Array, list[Any]]:
-        """x through one layer after another; and their attention weights [N, ...] of each kind."""
-        keys = [site_key(dropout_key, 1 + i) for i in range(len(layers))]
-        if self.config.scan_layers and not self.is_initializing():
-            one = type(layers[0])(self.config, self.functions, parent=None)
-            params = jax.tree.map(lambda *p: jnp.stack(p), *(x.variables["params"] for x in layers))
-            own: Any = (keys, *heads)
-            each = params, *(None if a[0] is None else jnp.stack(a) for a in own)
-            return _scan(x, context, each, model=one, return_weights=return_weights)
-        layer_weights = []
-        for layer, *own in zip(layers, keys, *heads, strict=True):
-            x, *weights = layer(x, *context, *own, return_weights)
-            layer_weights.append(weights)
-        return x, jax.tree.map(lambda *w: jnp.stack(w), *layer_weights)
-
     def logits(self, y: Array) -> Array:
         """The decoder's output [..., D] -> logits [..., V], −∞ beyond the vocabulary."""
         c = self.config
@@ -214,8 +185,10 @@ class Transformer(nn.Module):
         mask = segment_mask(segments, segments)
         x = self._embed("source", source, source_positions, site_key(dropout_key, 0))
         heads = self._head_masks(head_masks, "encoder", len(self.encoder))
-        x, (weights,) = self._apply_stack(
-            self.encoder, x, (mask,), dropout_key, heads, return_weights=return_weights
+        own = layer_keys(dropout_key, len(self.encoder)), heads
+        as_loop = self.config.scan_layers and not self.is_initializing()
+        x, (weights,) = apply_stack(
+            self.encoder, x, (mask,), own, as_loop=as_loop, return_weights=return_weights
         )
         return self.encoder_norm(x) if self.config.has_final_norm else x, weights
 
@@ -243,8 +216,10 @@ class Transformer(nn.Module):
             self._head_masks(head_masks, kind, len(self.decoder)) for kind in ("decoder", "cross")
         ]
         context = (encoded, mask, cross_mask)
-        x, (weights, cross_weights) = self._apply_stack(
-            self.decoder, x, context, dropout_key, *heads, return_weights=return_weights
+        own = layer_keys(dropout_key, len(self.decoder)), *heads
+        as_loop = self.config.scan_layers and not self.is_initializing()
+        x, (weights, cross_weights) = apply_stack(
+            self.decoder, x, context, own, as_loop=as_loop, return_weights=return_weights
         )
         x = self.decoder_norm(x) if self.config.has_final_norm else x
         return x, weights, cross_weights
@@ -355,27 +330,3 @@ class Transformer(nn.Module):
         # Beyond the cache there is no room: NaN, since another position has been overwritten.
         logits = nan_unless((index >= 0) & (index < length), self.logits(x))
         return logits, Cache(rows, SharedCache(tuple(new)))
-
-
-def uses_our_functions(*_: Any, model: nn.Module, **__: Any) -> bool:
-    """Whether a model has no `Functions` of its own, which may be made anew for each call."""
-    return model.functions == Functions()
-
-
-@compiled(static=("model", "return_weights"), keep=uses_our_functions)
-def _scan(
-    x: Array,
-    context: tuple[Array, ...],
-    each: tuple[Any, ...],
-    *,
-    model: nn.Module,
-    return_weights: bool,
-) -> tuple[Array, list[Any]]:
-    """x through layers whose parameters and own arguments are stacked; and what else each gives."""
-
-    def apply(x, own):
-        params, *arguments = own
-        x, *weights = model.apply({"params": params}, x, *context, *arguments, return_weights)
-        return x, weights
-
-    return jax.lax.scan(apply, x, each)

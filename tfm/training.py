@@ -16,10 +16,11 @@ from tfm.compilation import compiled
 from tfm.config import TransformerConfig
 from tfm.loss import SmoothedOver, assert_smoothing, label_smoothed_cross_entropy
 from tfm.masks import shift_right
-from tfm.model import Transformer, one_sequence, uses_our_functions
+from tfm.model import Transformer, one_sequence
 from tfm.parallel.sharding import constrain
 from tfm.renaming import renamed
 from tfm.shapes import Number, assert_fits, assert_ids
+from tfm.stack import uses_our_functions
 
 Batch = dict[str, Array]
 """Integer arrays [R, L]: source, target (labels); where a row holds several sequences, also their

@@ -432,6 +432,22 @@ def test_help_lists_every_experiment_with_a_sentence(flag, capsys):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [
+        (["--model.attention", "chunked"], ["--model.implementation", "chunked"]),
+        (["--model.attention=reference"], ["--model.implementation=formula"]),
+        (["--model.attention", "reference"], ["--model.implementation", "formula"]),
+    ],
+)
+def test_a_flag_of_a_former_name_is_taken_and_told(former, present, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(command, "plan", seen.append)
+    command.main(["plan", "--rows", "8", *former])
+    assert seen == [["--rows", "8", *present]]
+    assert "--model.attention is called --model.implementation now" in capsys.readouterr().err
+
+
 def test_an_unknown_experiment_leaves_with_2_and_the_list(capsys):
     assert call("pronuonce", "--steps", "3") == 2
     error = capsys.readouterr().err

@@ -61,6 +61,20 @@ def test_a_run_of_before_a_field_was_there_goes_on_where_it_stands_at_its_defaul
         pass
 
 
+def test_a_run_whose_config_has_a_former_name_goes_on(tmp_path):
+    for former, present in (("auto", "auto"), ("reference", "formula")):
+        folder = RunFolder(tmp_path / former)
+        with folder.claim({"model": {"d_model": 8, "attention": former}}, ()):
+            pass
+        with (
+            pytest.raises(RunFolderError, match=f"implementation: '{present}' -> 'chunked'"),
+            folder.claim({"model": {"d_model": 8, "implementation": "chunked"}}, ()),
+        ):
+            pass
+        with folder.claim({"model": {"d_model": 8, "implementation": present}}, ()):
+            pass
+
+
 def test_claim_makes_the_folder_and_takes_the_same_config_again(folder):
     assert folder.read("config.json") is None
     claim(folder, CONFIG, set())
