@@ -53,6 +53,8 @@ def attention_weights(
 ) -> Array:
     """softmax(QKᵀ/√d_k): how much each query attends to each key (§3.2.1, equation 1).
 
+    One head is [L, d_k] and [K, d_k]; with axes in front it is `jax.vmap(attention_weights)`.
+
     Args:
       query: [..., L, d_k], usually [..., H, L, d_k].
       key: [..., K, d_k].
@@ -90,20 +92,23 @@ def scaled_dot_product_attention(
 ) -> Array:
     """Attention(Q, K, V) = softmax(QKᵀ/√d_k) V (§3.2.1, equation 1).
 
+    One head is [L, d_k], [K, d_k] and [K, d_v]; with axes in front it is
+    `jax.vmap(scaled_dot_product_attention)`.
+
     Args:
-      query: [..., H, L, d_k].
+      query: [..., H, L, d_k], the H and what comes before it as you like.
       key: [..., H, K, d_k].
       value: [..., H, K, d_v].
       mask: boolean, [L, K] or broadcastable to [..., H, L, K] with as many axes; True = may
         attend. A NaN in a value that it hides comes out all the same: 0 · NaN is NaN.
       compute_dtype: see `tfm.kernels.precision`.
       implementation: the same function, computed in another way:
-        formula: as it stands, with all of softmax(QKᵀ/√d_k) in memory.
-        chunked: a few heads at a time, and anew in the backward pass: O(L·K) memory for those
+        - formula: as it stands, by plain operations, with all of softmax(QKᵀ/√d_k) in memory.
+        - chunked: a few heads at a time, and again in the backward pass: O(L·K) memory for those
           only. Its derivative is there in reverse mode alone. Where a size is 0, or symbolic (of
           `jax.export`), it is the formula.
-        cudnn: NVIDIA's fused kernel, for operands that `tfm.kernels.attention.fits_cudnn`.
-        auto: cudnn on a GPU where it fits, chunked on a CPU whose cache the logits overflow, or
+        - cudnn: NVIDIA's fused kernel, for operands that `tfm.kernels.attention.fits_cudnn`.
+        - auto: cudnn on a GPU where it fits, chunked on a CPU whose cache the logits overflow, or
           else the formula, with a derivative of the softmax that keeps less.
 
     Returns:
@@ -144,7 +149,8 @@ def _attention(
 def split_heads(x: Array, num_heads: int) -> Array:
     """Splits d_model into h heads of d_k = d_model/h features (§3.2.2).
 
-    x: [..., L, D] -> [..., H, L, d_k]; head i holds features i·d_k … (i+1)·d_k − 1.
+    x: [..., L, D] -> [..., H, L, d_k], or one example [L, D] -> [H, L, d_k]. Head i holds features
+    i·d_k … (i+1)·d_k − 1.
 
     Raises:
       ValueError: num_heads does not divide d_model; the message names both numbers.
@@ -185,7 +191,11 @@ def multi_head_attention(
     """MultiHead(Q, K, V) = Concat(head₁, …, head_h) W^O (§3.2.2).
 
     headᵢ = Attention(Q Wᵢ^Q, K Wᵢ^K, V Wᵢ^V), where Wᵢ is columns i·d_k … (i+1)·d_k − 1 of w_q, w_k
-    or w_v. Self-attention is `query_input is key_value_input`.
+    or w_v. Self-attention is `query_input is key_value_input`. One example is [L, D] and [K, D]; a
+    batch is
+
+        attend = partial(multi_head_attention, num_heads=8)
+        jax.vmap(attend, (0, 0, None, None, None, None))(x, x, w_q, w_k, w_v, w_o)
 
     Args:
       query_input: [..., L, D].

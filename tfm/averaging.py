@@ -6,12 +6,14 @@ from functools import reduce
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from tfm.compilation import compiled
+from tfm.shapes import ArrayTree
 
 
 @compiled()
-def average(trees: Sequence[chex.ArrayTree]) -> chex.ArrayTree:
+def average(trees: Sequence[ArrayTree]) -> ArrayTree:
     """x̄ = Σᵢ xᵢ / n, leaf by leaf, summed in f32 or wider; the leaves keep their dtypes.
 
     The paper averages the parameters of the last 5 checkpoints of a base model, 20 of a big one.
@@ -27,7 +29,7 @@ def average(trees: Sequence[chex.ArrayTree]) -> chex.ArrayTree:
         raise ValueError("trees=[] has no average")
     chex.assert_trees_all_equal_shapes_and_dtypes(*trees)
 
-    def mean(*leaves: chex.Array) -> chex.Array:
+    def mean(*leaves: Array) -> chex.Array:
         dtype = leaves[0].dtype
         wide = jnp.promote_types(dtype, jnp.float32)
         total = reduce(jnp.add, (jnp.asarray(x, wide) for x in leaves))

@@ -1,17 +1,16 @@
 """Gradient clipping by the norm of the whole tree (Pascanu et al. 2013)."""
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from tfm.compilation import compiled
 from tfm.kernels.precision import floating, working_dtype
-from tfm.shapes import Number, is_traced, nan_unless
+from tfm.shapes import ArrayTree, Number, is_traced, nan_unless
 
 
 @compiled()
-def global_norm(tree: chex.ArrayTree) -> Array:
+def global_norm(tree: ArrayTree) -> Array:
     """‖g‖ = √(Σ over all leaves and elements of g²), in f32 or the widest type of the leaves."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     total = sum(jnp.square(leaf.astype(working_dtype(leaf))).sum() for leaf in leaves)
@@ -19,13 +18,13 @@ def global_norm(tree: chex.ArrayTree) -> Array:
     return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
 
 
-def _check(tree: chex.ArrayTree, threshold: Number) -> None:
+def _check(tree: ArrayTree, threshold: Number) -> None:
     if not is_traced(threshold) and not threshold > 0:
         raise ValueError(f"threshold={threshold} must be positive")
 
 
 @compiled(check=_check)
-def clip_by_global_norm(tree: chex.ArrayTree, threshold: Number) -> chex.ArrayTree:
+def clip_by_global_norm(tree: ArrayTree, threshold: Number) -> ArrayTree:
     """g′ = min(1, θ/‖g‖) · g, with ‖g‖ over the whole tree.
 
     The direction stays, the length is at most θ; a zero gradient stays zero. Training uses

@@ -32,6 +32,9 @@ def dropout(key: Array, x: Array, rate: Number) -> Array:
     cheaper than one draw an element. So p is `rate` rounded to a multiple of 1/256, and the
     rescaling uses that p exactly: the expectation stays right.
 
+    A key of its own for each example is `jax.vmap(dropout, (0, 0, None))(jax.random.split(key, B),
+    x, rate)`.
+
     Args:
       key: a PRNG key.
       x: any shape.

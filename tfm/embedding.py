@@ -23,7 +23,8 @@ def embed(
 ) -> Array:
     """E(id) · √d_model (§3.4).
 
-    ids: [...] integers in [0, V), table: [V, D] -> [..., D] in f32, or f64 for an f64 table.
+    ids: [...] integers in [0, V), table: [V, D] -> [..., D] in f32, or f64 for an f64 table. One
+    word is an id [], more are `jax.vmap(embed, (0, None))`.
     Without `scale` E(id) alone, which is not the paper's. implementation: see
     `tfm.kernels.implementation`.
 
@@ -50,7 +51,8 @@ def output_logits(
 ) -> Array:
     """y W + b: one logit a word. With tied weights W is the embedding table transposed (§3.4).
 
-    y: [..., D], w: [D, V], b: [V] or None -> [..., V]
+    y: [..., D], w: [D, V], b: [V] or None -> [..., V]; one position is y [D], more are
+    `jax.vmap(output_logits, (0, None))`. implementation: see `tfm.kernels.implementation`.
     """
     assert_fits("y", y, (..., None))
     assert_fits("w", w, (y.shape[-1], None), y=y)
@@ -67,7 +69,8 @@ def output_distribution(
 ) -> Array:
     """P(word) = softmax(y W + b) (§3.4).
 
-    y: [..., D], w: [D, V], b: [V] -> [..., V]; each row sums to 1.
+    y: [..., D], w: [D, V], b: [V] -> [..., V]; each row sums to 1. One position is y [D], more are
+    `jax.vmap(output_distribution, (0, None, None))`.
 
     Raises:
       AssertionError: shapes that do not fit; the message names the argument and both shapes.

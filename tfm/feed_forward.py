@@ -54,6 +54,8 @@ def feed_forward(
 
     x: [..., D], w1: [D, F], b1: [F], w2: [F, D], b2: [D] -> [..., D]
 
+    One position is x [D]; more are `jax.vmap(feed_forward, (0, None, None, None, None))`.
+
     Args:
       activation: what stands in the place of max(0, ·). A lambda, or a function that is defined
         inside another, is taken as it is and not compiled.

@@ -66,7 +66,8 @@ def label_smoothed_cross_entropy(
 
     A word that is forbidden by a logit of −∞ costs nothing where q(v) = 0, and ∞ elsewhere.
 
-    logits: [..., V], labels: [...] integers in [0, vocab_size), smoothing: a number -> [...]
+    logits: [..., V], labels: [...] integers in [0, vocab_size), smoothing: a number -> [...]. One
+    token is [V] and [], more are `jax.vmap(label_smoothed_cross_entropy)`.
     implementation: see `tfm.kernels.implementation`.
 
     Inside jit, which cannot raise, a label or a smoothing outside gives NaN, and no gradient: a

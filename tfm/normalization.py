@@ -23,7 +23,8 @@ def layer_norm(
     μ and σ² are the mean and the biased variance of x's last axis; ε stands inside the root, so
     that a constant row gives β and no division by zero.
 
-    x: [..., D], scale γ: [D], bias β: [D] -> [..., D]
+    x: [..., D], scale γ: [D], bias β: [D] -> [..., D]; one position is x [D], more are
+    `jax.vmap(layer_norm, (0, None, None))`.
 
     implementation: see `tfm.kernels.implementation`.
 

@@ -48,6 +48,8 @@ def sinusoidal_positions(
         Face's Marian). tensor2tensor: halves with the exponent k/(d_model/2 − 1) in the place of
         2k/d_model (tensor2tensor, fairseq, Marian), so that the last one is 1.
 
+    A batch of positions is `jax.vmap(partial(sinusoidal_positions, d_model=512))`.
+
     Returns:
       [L, D] or [..., D]; f32, or f64 where x64 is enabled.
 

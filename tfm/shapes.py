@@ -11,6 +11,9 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+ArrayTree = Any
+"""A tree of arrays: dicts, tuples and the like, as `jax.tree` takes them apart."""
+
 Number = float | Array
 """A number, which may be traced."""
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-import chex
 import flax
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from tfm.masks import shift_right
 from tfm.model import Transformer, one_sequence
 from tfm.parallel.sharding import constrain
 from tfm.renaming import renamed
-from tfm.shapes import Number, assert_fits, assert_ids
+from tfm.shapes import ArrayTree, Number, assert_fits, assert_ids
 from tfm.stack import uses_our_functions
 
 Batch = dict[str, Array]
@@ -35,7 +34,7 @@ class TrainState:
     """All that a step reads and writes."""
 
     step: Array  # number of updates done
-    params: chex.ArrayTree
+    params: ArrayTree
     opt_state: optax.OptState
     key: Array  # raw PRNG key; the dropout of step i draws from fold_in(key, i)
 
@@ -71,14 +70,14 @@ def make_optimizer(schedule: optax.Schedule, clip_threshold: float) -> optax.Gra
     )
 
 
-def init_params(model: Transformer, key: Array) -> chex.ArrayTree:
+def init_params(model: Transformer, key: Array) -> ArrayTree:
     """Fresh parameters; none of their shapes depends on the data's."""
     tokens = jnp.ones((1, 2), jnp.int32)
     return model.init(key, tokens, tokens)["params"]
 
 
 @cache
-def param_shapes(config: TransformerConfig) -> chex.ArrayTree:
+def param_shapes(config: TransformerConfig) -> ArrayTree:
     """Shapes and types of a model's parameters; nothing is computed."""
     init = partial(init_params, Transformer(config))
     return jax.eval_shape(init, jax.random.PRNGKey(0))
@@ -151,7 +150,7 @@ def _assert_tokens(model: Transformer, batch: Batch) -> None:
 
 def _check_loss(
     model: Transformer,
-    params: chex.ArrayTree,
+    params: ArrayTree,
     batch: Batch,
     bos: int,
     smoothing: Number,
@@ -174,7 +173,7 @@ def _check_loss(
 )
 def summed_loss(
     model: Transformer,
-    params: chex.ArrayTree,
+    params: ArrayTree,
     batch: Batch,
     bos: int,
     smoothing: Number,
@@ -236,7 +235,7 @@ def _in_chunks(function: Callable[..., Array], size: int, y: Array, labels: Arra
 
 
 def _sum_gradients(
-    gradient: Callable[..., Any], params: chex.ArrayTree, batch: Batch, key: Array, parts: int
+    gradient: Callable[..., Any], params: ArrayTree, batch: Batch, key: Array, parts: int
 ) -> Any:
     """gradient(params, batch, key), or the sum of those of the batch's rows in `parts`."""
     if parts == 1:
@@ -291,7 +290,7 @@ def make_train_step(
     assert_ids("bos", bos, model.config.vocab_size)
     assert_smoothing(smoothing)
 
-    def gradient(params: chex.ArrayTree, batch: Batch, key: Array):
+    def gradient(params: ArrayTree, batch: Batch, key: Array):
         of = jax.value_and_grad(summed_loss, argnums=1, has_aux=True)
         return of(model, params, batch, bos, smoothing, key, logit_chunk, smoothed_over)
 

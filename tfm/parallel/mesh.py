@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tfm.config import TransformerConfig
 from tfm.parallel.sharding import AXES, LOGICAL_AXIS_RULES, PARAM_LOGICAL_AXES, partition
+from tfm.shapes import ArrayTree
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def check_divides(
                 raise ValueError(f"{axes} does not divide {name}={number}{of}")
 
 
-def state_shardings(mesh: Mesh, state: chex.ArrayTree) -> chex.ArrayTree:
+def state_shardings(mesh: Mesh, state: ArrayTree) -> ArrayTree:
     """How each array of a training state (or of parameters alone) lies, by the name in its path."""
 
     def of(path: tuple[Any, ...], x: Any) -> NamedSharding:
@@ -113,7 +113,7 @@ def state_shardings(mesh: Mesh, state: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def fit_vocabulary(params: chex.ArrayTree, config: TransformerConfig) -> chex.ArrayTree:
+def fit_vocabulary(params: ArrayTree, config: TransformerConfig) -> ArrayTree:
     """The parameters with the rows beyond the vocabulary that `config` pads it to: cut, or 0."""
 
     def of(path: tuple[Any, ...], x: Any) -> Any:
