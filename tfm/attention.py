@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +33,19 @@ def _check(query: Array, key: Array, mask: Array | None) -> None:
             )
 
 
-def _map_heads(one_head: Callable[..., Array], *operands: Array, mask: Array | None) -> Array:
-    """one_head(*matrices, mask) under `jax.vmap` over heads, examples and whatever comes first."""
-    mask = with_axes(jnp.ones((), bool) if mask is None else mask, operands[0].ndim)
-    is_shared = [size == 1 for size in mask.shape[:-2]]  # one mask for all along that axis
+def _map_heads(one_head: Callable[..., Array], *operands: Any) -> Array:
+    """one_head under `jax.vmap` over each axis before the last two: heads, examples and so on.
+
+    operands: the queries, the keys …, and last the mask, which may be None, have fewer axes, or
+      axes of 1, along which all share one mask.
+    """
+    *matrices, mask = operands
+    mask = with_axes(jnp.ones((), bool) if mask is None else mask, matrices[0].ndim)
+    is_shared = [size == 1 for size in mask.shape[:-2]]
     mask = mask.squeeze([axis for axis, shared in enumerate(is_shared) if shared])
-    for shared in reversed(is_shared):
-        one_head = jax.vmap(one_head, (*[0] * len(operands), None if shared else 0))
-    return one_head(*operands, mask)
+    for shared in reversed(is_shared):  # the innermost axis first, that of the heads
+        one_head = jax.vmap(one_head, (*[0] * len(matrices), None if shared else 0))
+    return one_head(*matrices, mask)
 
 
 @compiled(static=("compute_dtype", "implementation"))
@@ -72,12 +78,13 @@ def attention_weights(
     _check(query, key, mask)
 
     def one_head(query: Array, key: Array, mask: Array) -> Array:  # [L, d_k], [K, d_k], [L, K]
+        # q·k of independent features of variance 1 has the variance d_k; divided by √d_k it has 1.
         # Dividing the queries is the same as dividing the logits, of which there are more.
         query = query / query.shape[-1] ** 0.5
         logits = matmul(query, key.T, compute_dtype, implementation)
         return masked_softmax(logits, mask, implementation)
 
-    return _map_heads(one_head, query, key, mask=mask)
+    return _map_heads(one_head, query, key, mask)
 
 
 @compiled(static=("compute_dtype", "implementation"))
@@ -123,18 +130,6 @@ def scaled_dot_product_attention(
     _check(query, key, mask)
     assert_fits("value", value, (*key.shape[:-1], None), key=key)
     query, key, value = floating(query, key, value)
-    return attend(_attention, query, key, value, mask, compute_dtype, implementation)
-
-
-def _attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array | None,
-    compute_dtype: DTypeLike | None,
-    implementation: Implementation,
-) -> Array:
-    """Attention(Q, K, V), with all weights in memory."""
 
     def one_head(query: Array, key: Array, value: Array, mask: Array) -> Array:
         weights = attention_weights(
@@ -142,7 +137,8 @@ def _attention(
         )
         return matmul(weights, value, compute_dtype, implementation)
 
-    return _map_heads(one_head, query, key, value, mask=mask)
+    every_head = partial(_map_heads, one_head)
+    return attend(every_head, query, key, value, mask, compute_dtype, implementation)
 
 
 @compiled(static=("num_heads",))
@@ -190,6 +186,7 @@ def multi_head_attention(
 ) -> Array:
     """MultiHead(Q, K, V) = Concat(head₁, …, head_h) W^O (§3.2.2).
 
+    Each head attends by itself, in features of its own; one alone would average what they find.
     headᵢ = Attention(Q Wᵢ^Q, K Wᵢ^K, V Wᵢ^V), where Wᵢ is columns i·d_k … (i+1)·d_k − 1 of w_q, w_k
     or w_v. Self-attention is `query_input is key_value_input`. One example is [L, D] and [K, D]; a
     batch is

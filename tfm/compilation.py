@@ -27,7 +27,7 @@ def compiled(
     *,
     static: Sequence[str] = (),
     check: Callable[..., None] | None = None,
-    keep: Callable[..., bool] | None = None,
+    compile_if: Callable[..., bool] | None = None,
 ) -> Callable[[Callable[P, R]], Compiled[P, R]]:
     """`jax.jit` of a function where it is defined; inside another compiled function itself.
 
@@ -38,8 +38,9 @@ def compiled(
       static: names of the arguments that are no arrays; each value of theirs compiles anew.
       check: is called first, with the same arguments, and raises what needs their values, which a
         compiled function has not (a rate, an id).
-      keep: whether to compile for these arguments. What is compiled keeps its static arguments for
-        ever: functions that are made anew each time, and all that they hold, would pile up.
+      compile_if: whether to compile for these arguments. What is compiled keeps its static
+        arguments for ever: functions that are made anew each time, and all that they hold, would
+        pile up.
     """
 
     def decorate(function: Callable[P, R]) -> Compiled[P, R]:
@@ -49,13 +50,21 @@ def compiled(
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if check is not None:
                 check(*args, **kwargs)
-            plain = _is_inside_jit(args, kwargs) or not (keep is None or keep(*args, **kwargs))
+            plain = _is_inside_jit(args, kwargs) or not (
+                compile_if is None or compile_if(*args, **kwargs)
+            )
             return (function if plain else alone)(*args, **kwargs)
 
         vars(call)["lower"] = alone.lower
         return cast(Compiled[P, R], call)
 
     return decorate
+
+
+def is_defined_once(function: Callable[..., Any]) -> bool:
+    """Whether it is a function of a module, and not one that each call may make anew: a lambda, or
+    what is defined inside another function, whose names are `<lambda>` and `f.<locals>.g`."""
+    return "<" not in getattr(function, "__qualname__", "<")
 
 
 def _is_inside_jit(*arguments: Any) -> bool:

@@ -178,7 +178,7 @@ class ModelStep:
         return _step(self.params, self.memory, tokens, index, cache, model=self.model)
 
 
-@compiled(static=("model",), keep=uses_our_functions)
+@compiled(static=("model",), compile_if=uses_our_functions)
 def _step(
     params: Any,
     memory: Memory,
@@ -199,7 +199,7 @@ def _check_source(model: Transformer, params: Any, source: Array, *_: Any, **__:
 @compiled(
     static=("model", "num_hypotheses", "max_length"),
     check=_check_source,
-    keep=lambda model, *_, **__: uses_our_functions(model=model),
+    compile_if=lambda model, *_, **__: uses_our_functions(model=model),
 )
 def start_decoding(
     model: Transformer, params: Any, source: Array, num_hypotheses: int, max_length: int
@@ -240,7 +240,7 @@ def _check_sample(
     _assert_restrictions(top_k, top_p)
 
 
-@compiled(static=("bos", "max_length", "top_k"), check=_check_sample, keep=_can_be_kept)
+@compiled(static=("bos", "max_length", "top_k"), check=_check_sample, compile_if=_can_be_kept)
 def sample(
     step: Step,
     cache: Cache,
@@ -276,7 +276,7 @@ def sample(
     return Decoded(state.tokens, state.lengths, log_probs, log_probs)
 
 
-@compiled(static=("bos", "max_length"), keep=_can_be_kept)
+@compiled(static=("bos", "max_length"), compile_if=_can_be_kept)
 def greedy(step: Step, cache: Cache, *, bos: ArrayLike, eos: Number, max_length: int) -> Decoded:
     """Takes the likeliest token at each position."""
 
@@ -291,7 +291,7 @@ def greedy(step: Step, cache: Cache, *, bos: ArrayLike, eos: Number, max_length:
     return Decoded(state.tokens, state.lengths, state.log_probs, state.log_probs)
 
 
-@compiled(static=("bos", "max_length", "penalty"), keep=_can_be_kept)
+@compiled(static=("bos", "max_length", "penalty"), compile_if=_can_be_kept)
 def beam_search(
     step: Step,
     cache: Cache,

@@ -63,17 +63,22 @@ def output_logits(
     return logits + jnp.broadcast_to(b, logits.shape)
 
 
-@compiled(static=("implementation",))
+@compiled(static=("compute_dtype", "implementation"))
 def output_distribution(
-    y: Array, w: Array, b: Array, *, implementation: Implementation = "auto"
+    y: Array,
+    w: Array,
+    b: Array | None = None,
+    *,
+    compute_dtype: DTypeLike | None = None,
+    implementation: Implementation = "auto",
 ) -> Array:
     """P(word) = softmax(y W + b) (§3.4).
 
-    y: [..., D], w: [D, V], b: [V] -> [..., V]; each row sums to 1. One position is y [D], more are
-    `jax.vmap(output_distribution, (0, None, None))`.
+    y: [..., D], w: [D, V], b: [V] or None -> [..., V]; each row sums to 1. One position is y [D],
+    more are `jax.vmap(output_distribution, (0, None, None))`.
 
     Raises:
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
     """
-    logits = output_logits(y, w, b, implementation=implementation)
+    logits = output_logits(y, w, b, compute_dtype=compute_dtype, implementation=implementation)
     return nn.softmax(logits.astype(working_dtype(logits)))

@@ -6,7 +6,7 @@ from typing import Any
 from jax import Array, nn
 from jax.typing import DTypeLike
 
-from tfm.compilation import compiled
+from tfm.compilation import compiled, is_defined_once
 from tfm.dropout import assert_rate, dropout
 from tfm.kernels.implementation import Implementation
 from tfm.kernels.precision import broadcast_row, linear
@@ -29,13 +29,12 @@ def _check(
         assert_rate(dropout_rate)
 
 
-def _is_defined_once(*_: Any, activation: Callable[..., Any] = nn.relu, **__: Any) -> bool:
-    """Whether the activation is a function of a module, and not one that each call makes anew."""
-    return "<" not in getattr(activation, "__qualname__", "<lambda>")
+def _keeps_little(*_: Any, activation: Callable[..., Any] = nn.relu, **__: Any) -> bool:
+    return is_defined_once(activation)
 
 
 @compiled(
-    static=("activation", "compute_dtype", "implementation"), check=_check, keep=_is_defined_once
+    static=("activation", "compute_dtype", "implementation"), check=_check, compile_if=_keeps_little
 )
 def feed_forward(
     x: Array,

@@ -54,7 +54,10 @@ class Functions:
 
 
 class EncoderDropout(enum.IntEnum):
-    """Where an encoder layer drops out: each site has a key of its own, by its number."""
+    """Where an encoder layer drops out: each site has a key of its own, by its number.
+
+    The numbers stay, so that a training of before goes on with the same keys.
+    """
 
     ATTENTION_WEIGHTS = 0
     ATTENTION = 1
@@ -171,9 +174,10 @@ class MultiHeadAttention(nn.Module):
         h, number = self.config.num_heads, len(names)
         if self.config.implementation == "formula":
             return [split_heads(self._linear(x, name), h) for name in names]
-        if is_divided():  # the mesh divides columns by head: those of one head stay together
+        if is_divided():  # by a mesh that divides the columns by head: they stay together
             y = self._linear(x, names, partial(side_by_side_by_head, num_heads=h))
             return jnp.split(split_heads(y, h), number, axis=-1)
+        # The heads of q, then those of k, then those of v.
         return jnp.split(split_heads(self._linear(x, names), number * h), number, axis=-3)
 
     def attend(
@@ -188,11 +192,12 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Array, Array | None]:
         """[..., H, L, d_k] and [..., H, K, d_k] twice -> [..., L, D], and with `return_weights`
         the weights [..., H, L, K]."""
-        c, weights_of = self.config, self.functions.attention_weights
+        c, weights_function = self.config, self.functions.attention_weights
         drops = dropout_key is not None and c.attention_dropout_rate > 0
-        if return_weights or drops or weights_of is not attention_weights:
+        is_replaced = weights_function is not attention_weights
+        if return_weights or drops or is_replaced:  # all of them in memory
             option = formula_option(c)
-            weights = weights_of(query, key, mask, compute_dtype=c.compute_dtype, **option)
+            weights = weights_function(query, key, mask, compute_dtype=c.compute_dtype, **option)
             kept = weights
             if dropout_key is not None:
                 kept = dropout(dropout_key, weights, c.attention_dropout_rate)

@@ -39,7 +39,8 @@ def _check(
     assert_smoothing(smoothing)
     if over not in get_args(SmoothedOver):
         raise ValueError(f"over={over!r} must be one of {get_args(SmoothedOver)}")
-    if vocab_size < (least := {"others": 2, "others_but_padding": 3}.get(over, 0)):
+    least = {"all": 0, "others": 2, "others_but_padding": 3}[over]
+    if vocab_size < least:
         raise ValueError(f"over={over!r} takes a vocabulary of at least {least}, not {vocab_size}")
 
 
@@ -89,5 +90,5 @@ def label_smoothed_cross_entropy(
     else:
         expected = expected_logit(logits, label, smoothing, over, vocab_size)
         loss = nn.logsumexp(logits, axis=-1) - expected
-    is_distribution = (smoothing >= 0) & (smoothing <= 1)
-    return nan_unless(inside & is_distribution, loss)
+    is_smoothing = (smoothing >= 0) & (smoothing <= 1)
+    return nan_unless(inside & is_smoothing, loss)

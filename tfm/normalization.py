@@ -37,5 +37,6 @@ def layer_norm(
     x = x.astype(working_dtype(x))
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
+    normed = centred * lax.rsqrt(variance + epsilon)
     scale, bias = (broadcast_row(row, x.shape, implementation) for row in (scale, bias))
-    return centred * lax.rsqrt(variance + epsilon) * scale + bias
+    return normed * scale + bias

@@ -1,5 +1,6 @@
 """§3.5 Positional encoding."""
 
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -8,12 +9,10 @@ from jax import Array
 from jax.export import is_symbolic_dim
 
 from tfm.compilation import compiled
-from tfm.shapes import as_ids, assert_fits
+from tfm.kernels.positions import sines_and_cosines
+from tfm.shapes import assert_fits
 
 SinusoidLayout = Literal["interleaved", "halves", "tensor2tensor"]
-
-TABLE_STEP = 512  # positions are split as high · TABLE_STEP + low
-TABLE_SIZE = 512  # so positions below TABLE_STEP · TABLE_SIZE = 262,144 are exact
 
 
 def _angles(positions: np.ndarray, d_model: int, layout: SinusoidLayout) -> np.ndarray:
@@ -23,21 +22,19 @@ def _angles(positions: np.ndarray, d_model: int, layout: SinusoidLayout) -> np.n
     return positions.astype(np.float64)[:, None] / 10000.0**exponents
 
 
-def _are_traced(positions: int | Array, *_: Any, **__: Any) -> bool:
-    """Whether positions are an array; those of a length are computed by NumPy, in float64."""
+def _is_array(positions: int | Array, *_: Any, **__: Any) -> bool:
+    """Not a length, whose positions NumPy encodes."""
     return hasattr(positions, "shape") and not isinstance(positions, np.integer)
 
 
-@compiled(static=("d_model", "layout"), keep=_are_traced)
+@compiled(static=("d_model", "layout"), compile_if=_is_array)
 def sinusoidal_positions(
     positions: int | Array, d_model: int, layout: SinusoidLayout = "interleaved"
 ) -> Array:
     """PE(i, 2k) = sin(i / 10000^{2k/d_model}), PE(i, 2k+1) = cos(i / 10000^{2k/d_model}) (§3.5).
 
-    The angle of a large i has too few digits left in f32 (at i = 10⁵ the sine is wrong by 6e-3).
-    A length is therefore computed in float64 and cast; traced positions are split as
-    i = 512·a + b, and sin and cos of the two parts, tabulated in float64, are combined by the
-    addition theorem.
+    Exact to f32 at large i too: a length's are computed in float64 and cast, for an array see
+    `tfm.kernels.positions`.
 
     Args:
       positions: a length L for positions 0 … L−1: a Python integer, or a symbolic size of
@@ -78,23 +75,8 @@ def sinusoidal_positions(
         )
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(f"positions must be integers, not {positions.dtype}")
-    return _encode(positions, d_model, layout)
-
-
-def _encode(positions: Array, d_model: int, layout: SinusoidLayout) -> Array:
-    """The encoding of each of the positions [...], by the addition theorem."""
-    positions = as_ids(positions)
-    coarse = _angles(np.arange(TABLE_SIZE) * TABLE_STEP, d_model, layout)
-    fine = _angles(np.arange(TABLE_STEP), d_model, layout)
-    high, low = positions // TABLE_STEP, positions % TABLE_STEP
-    # mode='fill' answers NaN outside the table, where clipping would answer a wrong encoding.
-    sin_a, cos_a = (
-        jnp.asarray(f(coarse), float).at[high].get(mode="fill", wrap_negative_indices=False)
-        for f in (np.sin, np.cos)
-    )
-    sin_b, cos_b = (jnp.asarray(f(fine), float)[low] for f in (np.sin, np.cos))
-    sines, cosines = sin_a * cos_b + cos_a * sin_b, cos_a * cos_b - sin_a * sin_b
-    return _joined(sines, cosines, layout, jnp)
+    angles_of = partial(_angles, d_model=d_model, layout=layout)
+    return _joined(*sines_and_cosines(positions, angles_of), layout, jnp)
 
 
 def _joined(sines: Array, cosines: Array, layout: SinusoidLayout, numpy: Any) -> Array:

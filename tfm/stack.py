@@ -51,7 +51,7 @@ def uses_our_functions(*_: Any, model: Any, **__: Any) -> bool:
     return model.functions == Functions()
 
 
-@compiled(static=("model", "return_weights"), keep=uses_our_functions)
+@compiled(static=("model", "return_weights"), compile_if=uses_our_functions)
 def _scan(
     x: Array,
     context: tuple[Array, ...],

@@ -169,7 +169,7 @@ def _check_loss(
 @compiled(
     static=("model", "logit_chunk", "smoothed_over"),
     check=_check_loss,
-    keep=lambda model, *_, **__: uses_our_functions(model=model),
+    compile_if=lambda model, *_, **__: uses_our_functions(model=model),
 )
 def summed_loss(
     model: Transformer,

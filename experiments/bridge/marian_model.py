@@ -35,7 +35,7 @@ from experiments.bridge.marian_tables import (
     find_tables,
     without_positions,
 )
-from tfm.config import TransformerConfig
+from tfm.config import TransformerConfig, current_fields
 
 EPSILON = 1e-5
 """ε of torch.nn.LayerNorm, which Marian's code there leaves as it is."""
@@ -59,7 +59,7 @@ ONLY = {
 NOTE = "tfm"
 """The field of config.json for what theirs has no word for; their library keeps it."""
 NOTED = ("sinusoid_layout", "projection_bias", "output_bias", "initializer", "compute_dtype",
-         "attention")  # fmt: skip
+         "implementation")  # fmt: skip
 
 
 class Marian(NamedTuple):
@@ -238,6 +238,7 @@ def _as_noted(
     Biases that it did not have are left out again, if they are still zero.
     """
     try:
+        note = current_fields(note)
         noted = dataclasses.replace(config, **{n: note[n] for n in NOTED if n in note})
     except (TypeError, ValueError) as error:
         raise BridgeError(f"{path}: {NOTE}: {error}") from None

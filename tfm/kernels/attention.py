@@ -20,12 +20,12 @@ from tfm.shapes import are_known, with_axes
 CHUNK = 2**20
 """Logits that the chunked attention holds at a time: 4 MB in f32, which a CPU's cache takes."""
 
-Kernel = Callable[[Array, Array, Array, Array | None, DTypeLike | None], Array]
-"""query, key, value, mask, compute_dtype -> [..., H, L, d_v]"""
+Kernel = Callable[[Array, Array, Array, Array | None], Array]
+"""query, key, value, mask -> [..., H, L, d_v]"""
 
 
 def attend(
-    formula: Callable[..., Array],
+    formula: Kernel,
     query: Array,
     key: Array,
     value: Array,
@@ -33,7 +33,7 @@ def attend(
     compute_dtype: DTypeLike | None,
     implementation: Implementation,
 ) -> Array:
-    """`formula`, a `Kernel` and its implementation last, or the same function in another way.
+    """`formula` of these operands, or the same function computed in another way.
 
     See `tfm.scaled_dot_product_attention`, which has checked the operands.
     """
@@ -46,12 +46,11 @@ def attend(
             f"{query.shape}, {key.shape} and {value.shape}"
         )
     named: dict[str, Kernel] = {
-        "auto": partial(formula, implementation="auto"),
-        "formula": partial(formula, implementation="formula"),
-        "chunked": _chunked,
-        "cudnn": _cudnn,
+        "formula": formula,
+        "chunked": lambda q, k, v, mask: _chunked(q, k, v, mask, compute_dtype),
+        "cudnn": lambda q, k, v, mask: _cudnn(q, k, v, mask, compute_dtype),
     }
-    kernels = {name: partial(_in_parts, kernel, compute_dtype) for name, kernel in named.items()}
+    kernels = {name: partial(_in_parts, kernel) for name, kernel in named.items()}
     has_chunks = are_known(query, key, value) and query.size * key.size * value.size > 0
     if implementation == "chunked" and not has_chunks:
         implementation = "formula"
@@ -63,8 +62,9 @@ def attend(
     if fits and _cudnn_is_here():
         on_platform["cuda"] = kernels["cudnn"]
     if not on_platform:
-        return kernels["auto"](query, key, value, mask)
-    return lax.platform_dependent(query, key, value, mask, default=kernels["auto"], **on_platform)
+        return kernels["formula"](query, key, value, mask)
+    default = kernels["formula"]
+    return lax.platform_dependent(query, key, value, mask, default=default, **on_platform)
 
 
 def fits_cudnn(query: Array, key: Array, value: Array, compute_dtype: DTypeLike | None) -> bool:
@@ -187,20 +187,13 @@ def _cudnn(
     return out if attends is None else jnp.where(attends, out, 0)
 
 
-def _in_parts(
-    kernel: Kernel,
-    compute_dtype: DTypeLike | None,
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array | None,
-) -> Array:
+def _in_parts(kernel: Kernel, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
     """The attention of each device's own examples and heads, where a mesh divides them."""
     heads = ("batch", "heads", None, None)
     operands = (query, key, value) if mask is None else (query, key, value, mask)
 
     def attend(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
-        return kernel(query, key, value, mask, compute_dtype)
+        return kernel(query, key, value, mask)
 
     return shard_map_logical(
         attend,

@@ -11,7 +11,7 @@ from tfm.kernels.quantization import Quantized
 
 def side_by_side(matrices: list[Any]) -> Any:
     """[I, O₁], [I, O₂], … -> [I, O₁ + O₂ + …], also of `Quantized`; biases [O₁], … -> [O₁ + …]."""
-    if isinstance(matrices[0], Quantized):
+    if isinstance(matrices[0], Quantized):  # it lies transposed, [O, I]
         return jax.tree.map(lambda *x: jnp.concatenate(x), *matrices)
     return jnp.concatenate(matrices, axis=-1)
 

@@ -57,6 +57,15 @@ def test_so_it_is_with_a_vocabulary_a_side(subwords, tmp_path, size):
     assert_same(translator, import_marian(Folder(tmp_path)))
 
 
+def test_a_note_with_a_former_name_is_read(exported):
+    path = exported / "config.json"
+    config = json.loads(path.read_text())
+    del config["tfm"]["implementation"]
+    config["tfm"]["attention"] = "chunked"
+    path.write_text(json.dumps(config))
+    assert import_marian(Folder(exported)).model.config.implementation == "chunked"
+
+
 def test_import_then_export_is_the_identity_too(exported, subwords, tmp_path):
     """Of a folder without our note, as theirs are: the same tensors, ids and fields."""
     config = json.loads((exported / "config.json").read_text())
