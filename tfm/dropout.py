@@ -20,7 +20,6 @@ def assert_rate(rate: Number) -> None:
 
 
 def _check(key: Array, x: Array, rate: Number) -> None:
-    assert_fits("x", jnp.asarray(x), (...,))
     assert_rate(rate)
 
 
@@ -43,6 +42,7 @@ def dropout(key: Array, x: Array, rate: Number) -> Array:
     Raises:
       ValueError: a rate outside [0, 1).
     """
+    assert_fits("x", x, (...,))
     (x,) = floating(jnp.asarray(x))
     if is_traced(rate):
         is_rate = (rate >= 0) & (rate < 1)

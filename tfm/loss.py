@@ -30,18 +30,9 @@ def _check(
     vocab_size: int | None = None,
     **_: Any,
 ) -> None:
-    assert_fits("logits", logits, (..., None))
-    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
-    if vocab_size > logits.shape[-1]:
-        raise ValueError(f"{vocab_size=} is more than the logits' {logits.shape[-1]}")
-    assert_ids("labels", labels, vocab_size)
-    assert_fits("labels", labels, logits.shape[:-1], logits=logits)
     assert_smoothing(smoothing)
-    if over not in get_args(SmoothedOver):
-        raise ValueError(f"over={over!r} must be one of {get_args(SmoothedOver)}")
-    least = {"all": 0, "others": 2, "others_but_padding": 3}[over]
-    if vocab_size < least:
-        raise ValueError(f"over={over!r} takes a vocabulary of at least {least}, not {vocab_size}")
+    if getattr(logits, "ndim", 0):
+        assert_ids("labels", labels, logits.shape[-1] if vocab_size is None else vocab_size)
 
 
 @compiled(static=("over", "vocab_size", "implementation"), check=_check)
@@ -79,7 +70,16 @@ def label_smoothed_cross_entropy(
       ValueError: smoothing outside [0, 1], an unknown `over` or too few words for it, a vocab_size
         above V, or a label outside [0, vocab_size).
     """
+    assert_fits("logits", logits, (..., None))
+    assert_fits("labels", labels, logits.shape[:-1], logits=logits)
     vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
+    if vocab_size > logits.shape[-1]:
+        raise ValueError(f"{vocab_size=} is more than the logits' {logits.shape[-1]}")
+    if over not in get_args(SmoothedOver):
+        raise ValueError(f"over={over!r} must be one of {get_args(SmoothedOver)}")
+    least = {"all": 0, "others": 2, "others_but_padding": 3}[over]
+    if vocab_size < least:
+        raise ValueError(f"over={over!r} takes a vocabulary of at least {least}, not {vocab_size}")
     logits = logits.astype(working_dtype(logits))
     labels = as_ids(labels)
     inside = (labels >= 0) & (labels < vocab_size)
