@@ -1,5 +1,6 @@
 """When the public functions are compiled."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
@@ -45,14 +46,22 @@ def compiled(
 
     def decorate(function: Callable[P, R]) -> Compiled[P, R]:
         alone = jax.jit(function, static_argnames=static)
+        signature = inspect.signature(function)
+        places = [i for i, name in enumerate(signature.parameters) if name in static]
+
+        def ask(question: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
+            try:
+                return question is None or question(*args, **kwargs)
+            except TypeError:
+                signature.bind(*args, **kwargs)  # where arguments are missing, says which
+                raise
 
         @wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if check is not None:
-                check(*args, **kwargs)
-            plain = _is_inside_jit(args, kwargs) or not (
-                compile_if is None or compile_if(*args, **kwargs)
-            )
+        def call(*args: Any, **kwargs: Any) -> R:
+            args = tuple(_number(x) if i in places else x for i, x in enumerate(args))
+            kwargs = {name: _number(x) if name in static else x for name, x in kwargs.items()}
+            ask(check, args, kwargs)
+            plain = _is_inside_jit(args, kwargs) or not ask(compile_if, args, kwargs)
             return (function if plain else alone)(*args, **kwargs)
 
         vars(call)["lower"] = alone.lower
@@ -61,10 +70,16 @@ def compiled(
     return decorate
 
 
-def is_defined_once(function: Callable[..., Any]) -> bool:
-    """Whether it is a function of a module, and not one that each call may make anew: a lambda, or
-    what is defined inside another function, whose names are `<lambda>` and `f.<locals>.g`."""
-    return "<" not in getattr(function, "__qualname__", "<")
+def is_of_a_library(function: Callable[..., Any]) -> bool:
+    """Whether it is a function of JAX or of `tfm`. One of the user's may be made anew for each
+    call, hold arrays, or read what changes."""
+    return (getattr(function, "__module__", None) or "").split(".")[0] in ("jax", "tfm")
+
+
+def _number(x: Any) -> Any:
+    """A size that comes as an array without axes, as a number: arrays are not hashable."""
+    is_one = isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 and not is_traced(x)
+    return x.item() if is_one else x
 
 
 def _is_inside_jit(*arguments: Any) -> bool:

@@ -99,7 +99,7 @@ def filter_logits(logits: Array, top_k: int | None = None, top_p: Number | None 
 
 
 def _assert_restrictions(top_k: int | None, top_p: Number | None) -> None:
-    if top_k is not None and top_k < 1:
+    if top_k is not None and operator.index(top_k) < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
     if not (top_p is None or is_traced(top_p)) and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], not {top_p}")
@@ -108,6 +108,8 @@ def _assert_restrictions(top_k: int | None, top_p: Number | None) -> None:
 def _start(step: Step, cache: Cache, bos: ArrayLike, max_length: int) -> _Search:
     """Empty hypotheses; ValueError for a bos that is no symbol of the vocabulary, or no room."""
     max_length = operator.index(max_length)
+    if bos is None or isinstance(bos, float | str):
+        raise TypeError(f"bos={bos!r} must be an id: an integer, or an array of them")
     if max_length < 1:
         raise ValueError(f"{max_length=} must be at least 1")
     batch, width = jax.tree.leaves(cache)[0].shape[:2]
@@ -191,16 +193,16 @@ def _step(
     return model.apply({"params": params}, memory, tokens, index, cache, method="step")
 
 
-def _check_source(model: Transformer, params: Any, source: Array, *_: Any, **__: Any) -> None:
-    assert_fits("source", source, (None, None))
-    assert_ids("source", source, model.config.source_vocab_size or model.config.vocab_size)
+@compiled(static=("model", "num_hypotheses", "max_length"), compile_if=uses_our_functions)
+def _start_decoding(
+    params: Any, source: Array, *, model: Transformer, num_hypotheses: int, max_length: int
+) -> tuple[Memory, Cache]:
+    started: Any = model.apply(
+        {"params": params}, source, num_hypotheses, max_length, method="start"
+    )
+    return started
 
 
-@compiled(
-    static=("model", "num_hypotheses", "max_length"),
-    check=_check_source,
-    compile_if=lambda model, *_, **__: uses_our_functions(model=model),
-)
 def start_decoding(
     model: Transformer, params: Any, source: Array, num_hypotheses: int, max_length: int
 ) -> tuple[ModelStep, Cache]:
@@ -212,8 +214,16 @@ def start_decoding(
       AssertionError: source is not [B, S].
       ValueError: num_hypotheses or max_length below 1, or more positions than learned ones.
     """
-    room = operator.index(num_hypotheses), operator.index(max_length)
-    memory, cache = model.apply({"params": params}, source, *room, method="start")
+    assert_fits("source", source, (None, None))
+    assert_ids("source", source, model.config.source_vocab_size or model.config.vocab_size)
+    # The parameters are not a result of what is compiled, which would copy them.
+    memory, cache = _start_decoding(
+        params,
+        source,
+        model=model,
+        num_hypotheses=operator.index(num_hypotheses),
+        max_length=operator.index(max_length),
+    )
     return ModelStep(params, memory, model), cache
 
 

@@ -48,7 +48,7 @@ def dropout(key: Array, x: Array, rate: Number) -> Array:
         is_rate = (rate >= 0) & (rate < 1)
         rounded = jnp.where(is_rate, jnp.minimum(jnp.round(rate * 256), 255), 0)
         threshold: Number = rounded.astype(jnp.uint8)
-        factor: Number = nan_unless(is_rate, 256 / (256 - rounded))
+        factor: Number = nan_unless(is_rate, 256 / (256 - rounded)).astype(x.dtype)
     else:
         threshold = min(round(float(rate) * 256), 255)
         if threshold == 0:

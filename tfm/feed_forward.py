@@ -6,7 +6,7 @@ from typing import Any
 from jax import Array, nn
 from jax.typing import DTypeLike
 
-from tfm.compilation import compiled, is_defined_once
+from tfm.compilation import compiled, is_of_a_library
 from tfm.dropout import assert_rate, dropout
 from tfm.kernels.implementation import Implementation
 from tfm.kernels.precision import broadcast_row, linear
@@ -29,12 +29,14 @@ def _check(
         assert_rate(dropout_rate)
 
 
-def _keeps_little(*_: Any, activation: Callable[..., Any] = nn.relu, **__: Any) -> bool:
-    return is_defined_once(activation)
+def _is_jax_s(*_: Any, activation: Callable[..., Any] = nn.relu, **__: Any) -> bool:
+    return is_of_a_library(activation)
 
 
 @compiled(
-    static=("activation", "compute_dtype", "implementation"), check=_check, compile_if=_keeps_little
+    static=("activation", "compute_dtype", "implementation"),
+    check=_check,
+    compile_if=_is_jax_s,
 )
 def feed_forward(
     x: Array,
@@ -56,8 +58,8 @@ def feed_forward(
     One position is x [D]; more are `jax.vmap(feed_forward, (0, None, None, None, None))`.
 
     Args:
-      activation: what stands in the place of max(0, ·). A lambda, or a function that is defined
-        inside another, is taken as it is and not compiled.
+      activation: what stands in the place of max(0, ·). One of your own is called as it is, where
+        the functions of JAX are compiled with the rest.
       dropout_key, dropout_rate: of a dropout on the hidden features; not in the paper.
       compute_dtype: see `tfm.kernels.precision`.
       implementation: see `tfm.kernels.implementation`.

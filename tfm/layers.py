@@ -81,9 +81,10 @@ def site_key(key: Array | None, site: int) -> Array | None:
     return None if key is None else jax.random.fold_in(key, int(site))
 
 
-def formula_option(config: TransformerConfig) -> dict[str, Any]:
-    """The option `implementation` of a function that may stand in for ours, where it says more."""
-    return {"implementation": "formula"} if config.implementation == "formula" else {}
+def formula_option(config: TransformerConfig, function: Callable[..., Array]) -> dict[str, Any]:
+    """The option `implementation` where it says more, and the function is ours."""
+    is_ours = function in (attention_weights, feed_forward, layer_norm)
+    return {"implementation": "formula"} if config.implementation == "formula" and is_ours else {}
 
 
 def matrix(module: nn.Module, name: str, shape: tuple[int, int]) -> Array | Quantized:
@@ -104,8 +105,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (self.config.d_model,))
         bias = self.param("bias", nn.initializers.zeros, (self.config.d_model,))
-        epsilon, option = self.config.layer_norm_epsilon, formula_option(self.config)
-        return self.functions.layer_norm(x, scale, bias, epsilon, **option)
+        function, epsilon = self.functions.layer_norm, self.config.layer_norm_epsilon
+        return function(x, scale, bias, epsilon, **formula_option(self.config, function))
 
 
 class FeedForward(nn.Module):
@@ -121,7 +122,7 @@ class FeedForward(nn.Module):
         w2 = matrix(self, "w2", (c.d_ff, c.d_model))
         b2 = self.param("b2", zeros, (c.d_model,))
         # Only what departs from the paper, so that a function in its place need take no more.
-        options = formula_option(c)
+        options = formula_option(c, self.functions.feed_forward)
         if c.activation != "relu":
             options["activation"] = ACTIVATIONS[c.activation]
         if dropout_key is not None and c.activation_dropout_rate:
@@ -196,7 +197,7 @@ class MultiHeadAttention(nn.Module):
         drops = dropout_key is not None and c.attention_dropout_rate > 0
         is_replaced = weights_function is not attention_weights
         if return_weights or drops or is_replaced:  # all of them in memory
-            option = formula_option(c)
+            option = formula_option(c, weights_function)
             weights = weights_function(query, key, mask, compute_dtype=c.compute_dtype, **option)
             kept = weights
             if dropout_key is not None:

@@ -9,7 +9,7 @@ from tfm.compilation import compiled
 from tfm.kernels.implementation import Implementation, resolve
 from tfm.kernels.label_smoothing import SmoothedOver, expected_logit, smoothed_labels, weighted
 from tfm.kernels.precision import working_dtype
-from tfm.shapes import Number, as_ids, assert_fits, assert_ids, is_traced, nan_unless
+from tfm.shapes import Number, are_known, as_ids, assert_fits, assert_ids, is_traced, nan_unless
 
 
 def assert_smoothing(smoothing: Number) -> None:
@@ -78,7 +78,7 @@ def label_smoothed_cross_entropy(
     if over not in get_args(SmoothedOver):
         raise ValueError(f"over={over!r} must be one of {get_args(SmoothedOver)}")
     least = {"all": 0, "others": 2, "others_but_padding": 3}[over]
-    if vocab_size < least:
+    if are_known(logits) and vocab_size < least:
         raise ValueError(f"over={over!r} takes a vocabulary of at least {least}, not {vocab_size}")
     logits = logits.astype(working_dtype(logits))
     labels = as_ids(labels)

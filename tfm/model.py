@@ -261,6 +261,7 @@ class Transformer(nn.Module):
             kind of head mask.
         """
         assert_fits("target", target, (*source.shape[:-1], None), source=source)
+        return_weights = bool(return_weights)
         if source_segment_ids is None:
             source_segment_ids = one_sequence(source)
         if target_segment_ids is None:

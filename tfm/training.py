@@ -327,12 +327,12 @@ def skip_nonfinite(train_step: Callable[..., Any]) -> Callable[..., Any]:
     `skipped`, whether that was so.
     """
 
-    def guarded(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def guarded(state: Any, batch: Batch) -> tuple[Any, dict[str, Array]]:
         updated, metrics = train_step(state, batch)
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         # The key is the same in both; a choice between the two would count as a use of it.
-        both = ((s.step, s.params, s.opt_state) for s in (updated, state))
-        step, params, opt_state = jax.tree.map(lambda a, b: jnp.where(sound, a, b), *both)
-        return TrainState(step, params, opt_state, state.key), metrics | {"skipped": ~sound}
+        both = updated.replace(key=None), state.replace(key=None)
+        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), *both)
+        return kept.replace(key=state.key), metrics | {"skipped": ~sound}
 
     return guarded

@@ -3,12 +3,14 @@
 import collections
 import gc
 import inspect
+import operator
 import re
 import sys
 import weakref
 from dataclasses import replace
 from functools import partial, wraps
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +21,10 @@ from public_functions import B1, BATCH, CONFIG, FUNCTIONS, IDS, KEY, MODEL, W1, 
 import tfm
 from tfm.config import current_fields
 
-# They take functions and give functions, or give a state from one; nothing in them is to compile.
+# They take functions and give functions, or hand parameters on, which what is compiled would copy.
 MAKERS = {
     "paper_schedule", "cosine_schedule", "make_optimizer", "init_state", "make_train_step",
-    "skip_nonfinite",
+    "skip_nonfinite", "start_decoding", "quantize",
 }  # fmt: skip
 PUBLIC = [n for n in tfm.__all__ if inspect.isfunction(getattr(tfm, n)) and n not in MAKERS]
 
@@ -46,13 +48,117 @@ def test_a_signature_is_that_of_the_definition():
     ]  # fmt: skip
 
 
-def test_an_activation_that_is_made_for_a_call_is_not_kept():
-    own = lambda x: jnp.where(x > 0, x, 0.1 * x)  # noqa: E731
+def leaky(x):
+    return jnp.where(x > 0, x, SLOPE["now"] * x)
+
+
+SLOPE = {"now": 0.1}
+
+
+def test_an_activation_of_the_user_s_is_called_each_time_and_not_kept(monkeypatch):
+    """It may read what changes, hold arrays, or be made for one call."""
+    before = tfm.feed_forward(-X, W1, B1, W2, B, activation=leaky)
+    monkeypatch.setitem(SLOPE, "now", 0.5)
+    assert np.all(tfm.feed_forward(-X, W1, B1, W2, B, activation=leaky) != before)
+
+    class Swish:
+        def __init__(self, slope):
+            self.slope = slope
+
+        def __call__(self, x):
+            return x * jax.nn.sigmoid(self.slope * x)
+
+        def method(self, x):
+            return self(x)
+
+    for function in (lambda own: own, lambda own: own.method):
+        total = lambda slope: tfm.feed_forward(  # noqa: E731
+            X,
+            W1,
+            B1,
+            W2,
+            B,
+            activation=function(Swish(slope)),  # noqa: B023
+        ).sum()
+        assert jax.grad(total)(1.0) == jax.grad(total)(1.0) != 0
+    own = Swish(1.0)
     kept = weakref.ref(own)
-    tfm.feed_forward(X, W1, B1, W2, B, activation=own)
+    tfm.feed_forward(X, W1, B1, W2, B, activation=own.method)
     del own
     gc.collect()
     assert kept() is None
+
+
+SIZES = {
+    "causal_mask": lambda size: tfm.causal_mask(size(4)),
+    "split_heads": lambda size: tfm.split_heads(X, size(2)),
+    "start_decoding": lambda size: tfm.start_decoding(MODEL, PARAMS, IDS, size(2), size(3))[1],
+    "greedy": lambda size: tfm.greedy(*STARTED, bos=size(1), eos=2, max_length=size(3)),
+    "sample": lambda size: tfm.sample(
+        *STARTED, KEY, bos=size(1), eos=2, max_length=size(3), top_k=size(2)
+    ),
+}
+PARAMS = MODEL.init(KEY, IDS, IDS)["params"]
+STARTED = tfm.start_decoding(MODEL, PARAMS, IDS, 2, 3)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("size", [np.int64, jnp.int32, np.asarray, jnp.asarray])
+def test_a_size_may_be_an_array_without_axes(name, size):
+    expected = SIZES[name](int)
+    jax.tree.map(np.testing.assert_array_equal, SIZES[name](size), expected)
+
+
+def test_parameters_are_handed_on_and_not_copied():
+    step, _ = STARTED
+    assert all(map(operator.is_, jax.tree.leaves(step.params), jax.tree.leaves(PARAMS)))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: tfm.embed(IDS), "'table'"),
+        (lambda: tfm.dropout(KEY, X), "'rate'"),
+        (lambda: tfm.greedy(*STARTED, eos=2, max_length=3), "'bos'"),
+        (lambda: tfm.label_smoothed_cross_entropy(X), "'labels'"),
+        (lambda: tfm.embed(IDS, X[0], False), "too many positional"),
+    ],
+)
+def test_a_missing_argument_is_named(call, words):
+    with pytest.raises(TypeError, match=words) as caught:
+        call()
+    assert "_check" not in str(caught.value)
+
+
+def test_a_bos_that_is_no_id_is_refused():
+    for bos in (1.0, "a", None):
+        with pytest.raises(TypeError, match="bos=.* must be an id"):
+            tfm.greedy(*STARTED, bos=bos, eos=2, max_length=3)
+
+
+def test_dropout_of_sixteen_bits_is_that_of_the_compiled_step():
+    x = jnp.linspace(0, 1, 64, dtype=jnp.bfloat16)
+    inside = jax.jit(lambda x: tfm.dropout(KEY, x, 0.3))(x)
+    np.testing.assert_array_equal(tfm.dropout(KEY, x, 0.3), inside)
+
+
+def test_a_state_of_another_class_stays_one():
+    @flax.struct.dataclass
+    class Ema(tfm.TrainState):
+        ema: jax.Array
+
+    optimizer = tfm.make_optimizer(tfm.paper_schedule(8), 1.0)
+    state = tfm.init_state(MODEL, optimizer, KEY)
+    state = Ema(state.step, state.params, state.opt_state, state.key, jnp.zeros(3))
+    metrics = {"loss": jnp.ones(()), "gradient_norm": jnp.ones(())}
+    guarded = tfm.skip_nonfinite(lambda s, batch: (s.replace(ema=s.ema + 1), metrics))
+    assert guarded(state, BATCH)[0].ema.tolist() == [1, 1, 1]
+
+
+def test_a_function_of_the_user_s_is_not_asked_for_the_formula():
+    own = tfm.Functions(feed_forward=lambda x, w1, b1, w2, b2, *, compute_dtype: x)
+    model = tfm.Transformer(replace(CONFIG, implementation="formula"), own)
+    assert model.apply({"params": PARAMS}, IDS, IDS).shape == (2, 6, 11)
 
 
 # The formula, without any kernel

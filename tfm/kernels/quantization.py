@@ -6,8 +6,6 @@ import flax.struct
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tfm.compilation import compiled
-
 LEVELS = 127  # -127 … 127: as far from zero on both sides
 
 MATRICES = {"w_q", "w_k", "w_v", "w_o", "w1", "w2"}
@@ -52,7 +50,6 @@ def quantized_linear(x: Array, w: Quantized) -> Array:
     return (products * w.scale).T * scale
 
 
-@compiled()
 def quantize(params: Any) -> Any:
     """The parameters of a `tfm.Transformer` with its matrices in 8 bits.
 
