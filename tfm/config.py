@@ -129,6 +129,9 @@ class TransformerConfig:
         warnings.warn(message, FutureWarning, stacklevel=2)
         return self.implementation
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(current_fields(state))  # of a pickle from before
+
     def for_platform(self, platform: str) -> "TransformerConfig":
         """The config with `compute_dtype="auto"` decided: bfloat16 on a "gpu" or "tpu", whose
         matrix units are made for it, float32 elsewhere."""

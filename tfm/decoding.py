@@ -2,7 +2,7 @@
 
 All three take `step(tokens [B, W], index, cache) -> (logits [B, W, V], cache)`: the model's logits
 of the next token for W hypotheses of each of B sources. Every leaf of the cache is [B, W, ...] and
-goes with its hypothesis; what a `tfm.model.SharedCache` holds stays where it is. All stop early
+goes with its hypothesis; what a `tfm.cache.SharedCache` holds stays where it is. All stop early
 when every hypothesis has ended. `max_length` counts the end symbol; a hypothesis that has not ended
 by then is returned as it is. After the end symbol come zeros. A bos outside the vocabulary is a
 ValueError; an eos outside it is a symbol that never comes.

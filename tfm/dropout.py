@@ -1,5 +1,7 @@
 """§5.4 Residual dropout."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -23,7 +25,15 @@ def _check(key: Array, x: Array, rate: Number) -> None:
     assert_rate(rate)
 
 
-@compiled(check=_check)
+def _drops(key: Array, x: Array, rate: Number) -> bool:
+    return is_traced(rate) or _threshold(rate) > 0
+
+
+def _threshold(rate: Any) -> int:
+    return min(round(float(rate) * 256), 255)
+
+
+@compiled(check=_check, compile_if=_drops)
 def dropout(key: Array, x: Array, rate: Number) -> Array:
     """Inverted dropout: 0 with probability p, else x / (1 − p), so that E[out] = x (§5.4).
 
@@ -50,7 +60,7 @@ def dropout(key: Array, x: Array, rate: Number) -> Array:
         threshold: Number = rounded.astype(jnp.uint8)
         factor: Number = nan_unless(is_rate, 256 / (256 - rounded)).astype(x.dtype)
     else:
-        threshold = min(round(float(rate) * 256), 255)
+        threshold = _threshold(rate)
         if threshold == 0:
             return x
         factor = 256 / (256 - threshold)

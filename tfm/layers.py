@@ -200,7 +200,7 @@ class MultiHeadAttention(nn.Module):
             option = formula_option(c, weights_function)
             weights = weights_function(query, key, mask, compute_dtype=c.compute_dtype, **option)
             kept = weights
-            if dropout_key is not None:
+            if dropout_key is not None and c.attention_dropout_rate > 0:
                 kept = dropout(dropout_key, weights, c.attention_dropout_rate)
             heads = matmul(kept, value, c.compute_dtype, c.implementation)
         else:

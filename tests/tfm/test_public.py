@@ -4,6 +4,7 @@ import collections
 import gc
 import inspect
 import operator
+import pickle
 import re
 import sys
 import weakref
@@ -140,6 +141,20 @@ def test_dropout_of_sixteen_bits_is_that_of_the_compiled_step():
     x = jnp.linspace(0, 1, 64, dtype=jnp.bfloat16)
     inside = jax.jit(lambda x: tfm.dropout(KEY, x, 0.3))(x)
     np.testing.assert_array_equal(tfm.dropout(KEY, x, 0.3), inside)
+
+
+def test_dropout_of_nothing_uses_no_key():
+    key = jax.random.key(0)
+    for rate in (0, 0.0, 0.001):  # rounds to 0 of 256
+        assert tfm.dropout(key, X, rate) is X
+    weights = MODEL.apply({"params": PARAMS}, IDS, IDS, dropout_key=KEY, return_weights=True)[1]
+    sums = weights["encoder"].sum(-1)
+    assert_close(sums, jnp.round(sums), 1e-6)  # 1, or 0 of a query of padding: nothing dropped
+
+
+def test_dropout_takes_no_list():
+    with pytest.raises(TypeError, match="x must be an array, not a list"):
+        tfm.dropout(KEY, [1.0, 2.0], 0.5)
 
 
 def test_a_state_of_another_class_stays_one():
@@ -394,6 +409,15 @@ def test_the_former_name_of_a_configs_field_works_with_a_warning():
         assert replace(config, attention="auto").implementation == "auto"
     with pytest.warns(FutureWarning, match="attention is called implementation now"):
         assert config.attention == "chunked"
+
+
+def test_a_pickle_of_a_config_with_a_former_name_is_read():
+    config = tfm.TransformerConfig(implementation="chunked")
+    state = dict(vars(config))
+    state["attention"] = state.pop("implementation")
+    former = object.__new__(tfm.TransformerConfig)
+    former.__setstate__(state)
+    assert former == config == pickle.loads(pickle.dumps(config))
 
 
 def test_a_configs_fields_of_a_file_are_read_under_their_present_names():
