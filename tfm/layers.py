@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -51,6 +52,16 @@ class Functions:
     feed_forward: Callable[..., Array] = feed_forward
     layer_norm: Callable[..., Array] = layer_norm
     sinusoidal_positions: Callable[..., Array] = sinusoidal_positions
+
+
+@flax.struct.dataclass
+class Flag:
+    """A bool that stays one: `nn.remat` traces each argument of a layer that is an array to it."""
+
+    value: bool = flax.struct.field(pytree_node=False)
+
+    def __bool__(self) -> bool:
+        return self.value
 
 
 class EncoderDropout(enum.IntEnum):
@@ -189,7 +200,7 @@ class MultiHeadAttention(nn.Module):
         mask: Array,
         dropout_key: Array | None = None,
         head_mask: Array | None = None,
-        return_weights: bool = False,
+        return_weights: bool | Flag = False,
     ) -> tuple[Array, Array | None]:
         """[..., H, L, d_k] and [..., H, K, d_k] twice -> [..., L, D], and with `return_weights`
         the weights [..., H, L, K]."""
@@ -252,7 +263,7 @@ class EncoderLayer(Layer):
         mask: Array,
         dropout_key: Array | None = None,
         head_mask: Array | None = None,
-        return_weights: bool = False,
+        return_weights: bool | Flag = False,
     ) -> tuple[Array, Array | None]:
         """[..., S, D] -> the same, and with `return_weights` the attention's [..., H, S, S]."""
         key, site = partial(site_key, dropout_key), EncoderDropout
@@ -290,7 +301,7 @@ class DecoderLayer(Layer):
         dropout_key: Array | None = None,
         head_mask: Array | None = None,
         cross_head_mask: Array | None = None,
-        return_weights: bool = False,
+        return_weights: bool | Flag = False,
     ) -> tuple[Array, Array | None, Array | None]:
         """[..., T, D] -> the same, and with `return_weights` those of the two attentions,
         [..., H, T, T] and [..., H, T, S]."""

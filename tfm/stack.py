@@ -9,13 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from tfm.compilation import compiled
-from tfm.layers import DecoderLayer, EncoderLayer, Functions
+from tfm.layers import DecoderLayer, EncoderLayer, Flag, Functions
 
 LAYERS = EncoderLayer, DecoderLayer
-REMAT_LAYERS = (
-    nn.remat(EncoderLayer, static_argnums=(5,)),  # return_weights
-    nn.remat(DecoderLayer, static_argnums=(8,)),
-)
+REMAT_LAYERS = nn.remat(EncoderLayer), nn.remat(DecoderLayer)
 """Each computed again in the backward pass."""
 
 
@@ -41,7 +38,7 @@ def apply_stack(
         return _scan(x, context, each, model=one, return_weights=return_weights)
     layer_weights = []
     for layer, *arguments in zip(layers, *own, strict=True):
-        x, *weights = layer(x, *context, *arguments, return_weights)
+        x, *weights = layer(x, *context, *arguments, Flag(return_weights))
         layer_weights.append(weights)
     return x, jax.tree.map(lambda *w: jnp.stack(w), *layer_weights)
 
@@ -64,7 +61,8 @@ def _scan(
 
     def apply(x: Array, own: tuple[Any, ...]) -> tuple[Array, list[Any]]:
         params, *arguments = own
-        applied: Any = model.apply({"params": params}, x, *context, *arguments, return_weights)
+        flag = Flag(return_weights)
+        applied: Any = model.apply({"params": params}, x, *context, *arguments, flag)
         x, *weights = applied
         return x, weights
 
