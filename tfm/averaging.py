@@ -29,7 +29,7 @@ def average(trees: Sequence[ArrayTree]) -> ArrayTree:
         raise ValueError("trees=[] has no average")
     chex.assert_trees_all_equal_shapes_and_dtypes(*trees)
 
-    def mean(*leaves: Array) -> chex.Array:
+    def mean(*leaves: Array) -> Array:
         dtype = leaves[0].dtype
         wide = jnp.promote_types(dtype, jnp.float32)
         total = reduce(jnp.add, (jnp.asarray(x, wide) for x in leaves))

@@ -70,12 +70,6 @@ def compiled(
     return decorate
 
 
-def is_of_a_library(function: Callable[..., Any]) -> bool:
-    """Whether it is a function of JAX or of `tfm`. One of the user's may be made anew for each
-    call, hold arrays, or read what changes."""
-    return (getattr(function, "__module__", None) or "").split(".")[0] in ("jax", "tfm")
-
-
 def _number(x: Any) -> Any:
     """A size that comes as an array without axes, as a number: arrays are not hashable."""
     is_one = isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 and not is_traced(x)

@@ -107,7 +107,6 @@ def _assert_restrictions(top_k: int | None, top_p: Number | None) -> None:
 
 def _start(step: Step, cache: Cache, bos: ArrayLike, max_length: int) -> _Search:
     """Empty hypotheses; ValueError for a bos that is no symbol of the vocabulary, or no room."""
-    max_length = operator.index(max_length)
     if bos is None or isinstance(bos, float | str):
         raise TypeError(f"bos={bos!r} must be an id: an integer, or an array of them")
     if max_length < 1:

@@ -1,5 +1,6 @@
-"""§5.4 Residual dropout."""
+"""§5.4 Residual dropout, and where the layers apply it."""
 
+import enum
 from typing import Any
 
 import jax
@@ -67,3 +68,31 @@ def dropout(key: Array, x: Array, rate: Number) -> Array:
     words = jax.random.bits(key, (-(-x.size // 4),), jnp.uint32)
     bytes_ = lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
     return jnp.where(bytes_ >= threshold, x * factor, 0).astype(x.dtype)
+
+
+class EncoderDropout(enum.IntEnum):
+    """Where an encoder layer drops out: each site has a key of its own, by its number.
+
+    The numbers stay, so that a training of before goes on with the same keys.
+    """
+
+    ATTENTION_WEIGHTS = 0
+    ATTENTION = 1
+    FEED_FORWARD = 2
+    HIDDEN = 5
+
+
+class DecoderDropout(enum.IntEnum):
+    """Where a decoder layer drops out."""
+
+    SELF_ATTENTION = 0
+    CROSS_ATTENTION = 1
+    FEED_FORWARD = 2
+    SELF_ATTENTION_WEIGHTS = 3
+    CROSS_ATTENTION_WEIGHTS = 4
+    HIDDEN = 5
+
+
+def site_key(key: Array | None, site: int) -> Array | None:
+    """The key of one dropout site: independent of the order in which sites are computed."""
+    return None if key is None else jax.random.fold_in(key, int(site))

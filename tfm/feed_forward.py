@@ -6,7 +6,7 @@ from typing import Any
 from jax import Array, nn
 from jax.typing import DTypeLike
 
-from tfm.compilation import compiled, is_of_a_library
+from tfm.compilation import compiled
 from tfm.dropout import assert_rate, dropout
 from tfm.kernels.implementation import Implementation
 from tfm.kernels.precision import broadcast_row, linear
@@ -30,7 +30,10 @@ def _check(
 
 
 def _is_jax_s(*_: Any, activation: Callable[..., Any] = nn.relu, **__: Any) -> bool:
-    return is_of_a_library(activation)
+    """Whether the activation is one of `jax.nn`, or `gelu`. One of the user's may be made anew for
+    each call, hold arrays, or read what changes."""
+    name = getattr(activation, "__name__", "")
+    return activation is gelu or activation is getattr(nn, name, None)
 
 
 @compiled(

@@ -1,14 +1,12 @@
 """§3.1-3.3 The layers: thin linen modules that own parameters and call the functions."""
 
 import dataclasses
-import enum
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -20,7 +18,7 @@ from tfm.attention import (
 )
 from tfm.cache import LayerCache
 from tfm.config import TransformerConfig
-from tfm.dropout import dropout
+from tfm.dropout import DecoderDropout, EncoderDropout, dropout, site_key
 from tfm.feed_forward import ACTIVATIONS, feed_forward
 from tfm.kernels.precision import linear, matmul
 from tfm.kernels.projection import side_by_side, side_by_side_by_head
@@ -62,34 +60,6 @@ class Flag:
 
     def __bool__(self) -> bool:
         return self.value
-
-
-class EncoderDropout(enum.IntEnum):
-    """Where an encoder layer drops out: each site has a key of its own, by its number.
-
-    The numbers stay, so that a training of before goes on with the same keys.
-    """
-
-    ATTENTION_WEIGHTS = 0
-    ATTENTION = 1
-    FEED_FORWARD = 2
-    HIDDEN = 5
-
-
-class DecoderDropout(enum.IntEnum):
-    """Where a decoder layer drops out."""
-
-    SELF_ATTENTION = 0
-    CROSS_ATTENTION = 1
-    FEED_FORWARD = 2
-    SELF_ATTENTION_WEIGHTS = 3
-    CROSS_ATTENTION_WEIGHTS = 4
-    HIDDEN = 5
-
-
-def site_key(key: Array | None, site: int) -> Array | None:
-    """The key of one dropout site: independent of the order in which sites are computed."""
-    return None if key is None else jax.random.fold_in(key, int(site))
 
 
 def formula_option(config: TransformerConfig, function: Callable[..., Array]) -> dict[str, Any]:

@@ -13,14 +13,13 @@ from jax import Array
 
 from tfm.cache import Cache, LayerCache, Memory, SharedCache
 from tfm.config import TransformerConfig
-from tfm.dropout import dropout
+from tfm.dropout import dropout, site_key
 from tfm.embedding import embed, output_logits
 from tfm.kernels.quantization import Quantized
 from tfm.layers import (
     INITIALIZERS,
     Functions,
     LayerNorm,
-    site_key,
 )
 from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.parallel.sharding import constrain, gather_for_compute
@@ -186,10 +185,7 @@ class Transformer(nn.Module):
         x = self._embed("source", source, source_positions, site_key(dropout_key, 0))
         heads = self._head_masks(head_masks, "encoder", len(self.encoder))
         own = layer_keys(dropout_key, len(self.encoder)), heads
-        as_loop = self.config.scan_layers and not self.is_initializing()
-        x, (weights,) = apply_stack(
-            self.encoder, x, (mask,), own, as_loop=as_loop, return_weights=return_weights
-        )
+        x, (weights,) = apply_stack(self.encoder, x, (mask,), own, return_weights)
         return self.encoder_norm(x) if self.config.has_final_norm else x, weights
 
     def decode(
@@ -217,10 +213,7 @@ class Transformer(nn.Module):
         ]
         context = (encoded, mask, cross_mask)
         own = layer_keys(dropout_key, len(self.decoder)), *heads
-        as_loop = self.config.scan_layers and not self.is_initializing()
-        x, (weights, cross_weights) = apply_stack(
-            self.decoder, x, context, own, as_loop=as_loop, return_weights=return_weights
-        )
+        x, (weights, cross_weights) = apply_stack(self.decoder, x, context, own, return_weights)
         x = self.decoder_norm(x) if self.config.has_final_norm else x
         return x, weights, cross_weights
 

@@ -21,17 +21,14 @@ def apply_stack(
     x: Array,
     context: tuple[Array, ...],
     own: tuple[Any, ...],
-    *,
-    as_loop: bool,
     return_weights: bool,
 ) -> tuple[Array, list[Any]]:
     """x through N layers, and their attention weights [N, ...] of each kind, or None.
 
     context: what every layer gets: masks, and in the decoder the encoder's output.
     own: of each further argument one a layer: N dropout keys, head masks [N, H], or N times None.
-    as_loop: as one loop, which is compiled in the time of one layer.
     """
-    if as_loop:
+    if layers[0].config.scan_layers and not layers[0].is_initializing():
         one = type(layers[0])(layers[0].config, layers[0].functions, parent=None)
         params = jax.tree.map(lambda *p: jnp.stack(p), *(x.variables["params"] for x in layers))
         each = params, *(None if a[0] is None else jnp.stack(a) for a in own)

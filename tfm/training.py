@@ -154,13 +154,10 @@ def _check_loss(
     batch: Batch,
     bos: int,
     smoothing: Number,
-    dropout_key: Array | None = None,
-    logit_chunk: int | None = None,
-    smoothed_over: SmoothedOver = "all",
+    *_: Any,
+    **__: Any,
 ) -> None:
     assert_smoothing(smoothing)
-    if logit_chunk is not None and logit_chunk < 1:
-        raise ValueError(f"logit_chunk={logit_chunk} must be at least 1")
     _assert_tokens(model, batch)
     assert_ids("bos", bos, model.config.vocab_size)
 
@@ -195,6 +192,8 @@ def summed_loss(
       ValueError: logit_chunk below 1, a smoothing outside [0, 1], a batch without tokens or with
         something else, or bos or a token outside the vocabulary.
     """
+    if logit_chunk is not None and logit_chunk < 1:
+        raise ValueError(f"logit_chunk={logit_chunk} must be at least 1")
     batch = complete(batch)
     target_input = shift_right(batch["target"], bos, batch["target_positions"])
     context = {name: value for name, value in batch.items() if name not in _SIDES}

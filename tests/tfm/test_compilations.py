@@ -170,3 +170,11 @@ def test_another_number_compiles_nothing_and_it_may_be_traced(of):
     assert len(COMPILED) == before
     traced = jax.jit(of)(0.5)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), traced, expected)
+
+
+@pytest.mark.parametrize("number", [np.int64, jnp.int32, np.asarray])
+def test_a_size_as_an_array_compiles_nothing_the_second_time(number):
+    sizes = {"bos": number(1), "max_length": number(3)}
+    for search in (tfm.greedy, partial(tfm.sample, key=KEY, top_k=number(2)), tfm.beam_search):
+        assert compilations(lambda s=search: s(STEP, jnp.ones((2, 2)), eos=2, **sizes)) == 0
+    assert compilations(lambda: tfm.causal_mask(number(4))) == 0

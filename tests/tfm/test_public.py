@@ -72,7 +72,8 @@ def test_an_activation_of_the_user_s_is_called_each_time_and_not_kept(monkeypatc
         def method(self, x):
             return self(x)
 
-    for function in (lambda own: own, lambda own: own.method):
+    partials = lambda own: jax.tree_util.Partial(jnp.multiply, own.slope)  # noqa: E731
+    for function in (lambda own: own, lambda own: own.method, partials):
         total = lambda slope: tfm.feed_forward(  # noqa: E731
             X,
             W1,
@@ -128,7 +129,7 @@ def test_parameters_are_handed_on_and_not_copied():
 def test_a_missing_argument_is_named(call, words):
     with pytest.raises(TypeError, match=words) as caught:
         call()
-    assert "_check" not in str(caught.value)
+    assert not re.search(r"\b_\w+\(\)", str(caught.value))  # a name of ours alone
 
 
 def test_a_bos_that_is_no_id_is_refused():
@@ -147,9 +148,6 @@ def test_dropout_of_nothing_uses_no_key():
     key = jax.random.key(0)
     for rate in (0, 0.0, 0.001):  # rounds to 0 of 256
         assert tfm.dropout(key, X, rate) is X
-    weights = MODEL.apply({"params": PARAMS}, IDS, IDS, dropout_key=KEY, return_weights=True)[1]
-    sums = weights["encoder"].sum(-1)
-    assert_close(sums, jnp.round(sums), 1e-6)  # 1, or 0 of a query of padding: nothing dropped
 
 
 def test_dropout_takes_no_list():

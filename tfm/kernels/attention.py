@@ -101,7 +101,7 @@ def _chunked_forward(query, key, value, mask, compute_dtype):
         numerators, total, largest = exponentials(logits, mask)
         return plain_matmul(numerators, value, compute_dtype) / total, largest + jnp.log(total)
 
-    out, log_totals = _map_heads(attend, mask, query, key, value)
+    out, log_totals = _map_chunks(attend, mask, query, key, value)
     return out, (query, key, value, mask, out, log_totals)
 
 
@@ -128,14 +128,14 @@ def _chunked_backward(compute_dtype, residuals, cotangent):
 
     turned_mask = None if mask is None else jnp.swapaxes(jnp.atleast_2d(mask), -1, -2)
     arrays = (query, key, value, cotangent, log_totals, weighted)
-    grads = _map_heads(gradients, turned_mask, *arrays)
+    grads = _map_chunks(gradients, turned_mask, *arrays)
     return *(g.astype(x.dtype) for g, x in zip(grads, arrays, strict=False)), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _map_heads(function: Callable[..., Any], mask: Array | None, *arrays: Array) -> Any:
+def _map_chunks(function: Callable[..., Any], mask: Array | None, *arrays: Array) -> Any:
     """function(mask, *arrays) of each head's matrices, for the query, the key … [..., H, ·, ·]."""
     *leading, length, _ = arrays[0].shape
     mask = jnp.ones((1, 1), bool) if mask is None else jnp.atleast_2d(mask)
