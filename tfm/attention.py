@@ -14,23 +14,7 @@ from tfm.kernels.attention import attend
 from tfm.kernels.implementation import Implementation
 from tfm.kernels.precision import floating, linear, matmul
 from tfm.kernels.softmax import masked_softmax
-from tfm.shapes import assert_broadcasts, assert_fits, with_axes
-
-
-def _check(query: Array, key: Array, mask: Array | None) -> None:
-    assert_fits("query", query, (..., None, None))
-    assert_fits("key", key, (*query.shape[:-2], None, query.shape[-1]), query=query)
-    if mask is not None:
-        assert_fits("mask", mask, (...,))
-        if mask.dtype != jnp.bool_:
-            raise TypeError(f"mask must be boolean (True = may attend), not {mask.dtype}")
-        shape = (*query.shape[:-1], key.shape[-2])
-        assert_broadcasts("mask", mask, shape)
-        if 2 < mask.ndim < len(shape):
-            raise AssertionError(
-                f"argument mask {mask.shape} has fewer axes than the logits {shape}: write "
-                "mask[:, None] if its first is that of the examples, mask[None] if of the heads"
-            )
+from tfm.shapes import assert_attends, assert_fits, with_axes
 
 
 def _map_heads(one_head: Callable[..., Array], *operands: Any) -> Array:
@@ -75,7 +59,7 @@ def attention_weights(
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
       TypeError: the mask is not boolean.
     """
-    _check(query, key, mask)
+    assert_attends(query, key, mask)
 
     def one_head(query: Array, key: Array, mask: Array) -> Array:  # [L, d_k], [K, d_k], [L, K]
         # q·k of independent features of variance 1 has the variance d_k; divided by √d_k it has 1.
@@ -109,14 +93,9 @@ def scaled_dot_product_attention(
       mask: boolean, [L, K] or broadcastable to [..., H, L, K] with as many axes; True = may
         attend. A NaN in a value that it hides comes out all the same: 0 · NaN is NaN.
       compute_dtype: see `tfm.kernels.precision`.
-      implementation: the same function, computed in another way:
-        - formula: as it stands, by plain operations, with all of softmax(QKᵀ/√d_k) in memory.
-        - chunked: a few heads at a time, and again in the backward pass: O(L·K) memory for those
-          only. Its derivative is there in reverse mode alone. Where a size is 0, or symbolic (of
-          `jax.export`), it is the formula.
-        - cudnn: NVIDIA's fused kernel, for operands that `tfm.kernels.attention.fits_cudnn`.
-        - auto: cudnn on a GPU where it fits, chunked on a CPU whose cache the logits overflow, or
-          else the formula, with a derivative of the softmax that keeps less.
+      implementation: formula, as it stands, with all of softmax(QKᵀ/√d_k) in memory; chunked, a
+        few heads at a time; cudnn, NVIDIA's fused kernel; auto, what is fast on the device. See
+        `tfm.kernels.implementation`.
 
     Returns:
       [..., H, L, d_v]; zeros for a query that may attend to nothing.
@@ -127,7 +106,7 @@ def scaled_dot_product_attention(
       ValueError: an implementation of another name, or cudnn where it does not fit.
       RuntimeError: cudnn where there is none.
     """
-    _check(query, key, mask)
+    assert_attends(query, key, mask)
     assert_fits("value", value, (*key.shape[:-1], None), key=key)
     query, key, value = floating(query, key, value)
 

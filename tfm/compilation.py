@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 import jax
 import numpy as np
 from jax import lax
+from jax.extend.core import get_opaque_trace_state
 
 from tfm.shapes import is_traced
 
@@ -61,7 +62,7 @@ def compiled(
             args = tuple(_number(x) if i in places else x for i, x in enumerate(args))
             kwargs = {name: _number(x) if name in static else x for name, x in kwargs.items()}
             ask(check, args, kwargs)
-            plain = _is_inside_jit(args, kwargs) or not ask(compile_if, args, kwargs)
+            plain = _is_inside_jit() or not ask(compile_if, args, kwargs)
             return (function if plain else alone)(*args, **kwargs)
 
         vars(call)["lower"] = alone.lower
@@ -76,10 +77,13 @@ def _number(x: Any) -> Any:
     return x.item() if is_one else x
 
 
-def _is_inside_jit(*arguments: Any) -> bool:
-    """Whether the arguments are traced, and not only differentiated or vmapped: what JAX computes
-    from constants is traced inside of `jax.jit` alone."""
-    leaves = jax.tree.leaves(arguments)
-    if any(hasattr(leaf, "shape") for leaf in leaves) and not any(map(is_traced, leaves)):
+with jax.ensure_compile_time_eval():  # so that it is that of the prompt wherever we are imported
+    _AT_THE_PROMPT = get_opaque_trace_state(convention="tfm")
+
+
+def _is_inside_jit() -> bool:
+    """Whether what is computed now is traced for a program, and not only differentiated or vmapped:
+    what JAX computes from constants is traced inside of `jax.jit` alone."""
+    if get_opaque_trace_state(convention="tfm") == _AT_THE_PROMPT:  # a hundredth of the time
         return False
     return is_traced(lax.neg(np.int32(0)))

@@ -63,7 +63,7 @@ def sinusoidal_positions(
         if positions < 0:
             raise ValueError(f"positions={positions} must be a length, or an array of positions")
         angles = _angles(np.arange(positions), d_model, layout)
-        return jnp.asarray(_joined(np.sin(angles), np.cos(angles), layout, np), float)
+        return jnp.asarray(_joined(np.sin(angles), np.cos(angles), layout, np))
     length: Any = positions
     if is_symbolic_dim(length):
         positions = jnp.arange(length)

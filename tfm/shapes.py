@@ -50,6 +50,30 @@ def assert_broadcasts(name: str, array: Array, shape: Sequence[int]) -> None:
     chex.assert_is_broadcastable(array.shape, tuple(shape), custom_message=message)
 
 
+def assert_attends(query: Array, key: Array, mask: Array | None) -> None:
+    """Asserts that queries [..., L, d_k] fit keys [..., K, d_k], and that a boolean mask broadcasts
+    to their logits [..., L, K] with as many axes, or is [L, K].
+
+    Raises:
+      AssertionError: shapes that do not fit; the message names the argument and both shapes.
+      TypeError: the mask is not boolean.
+    """
+    assert_fits("query", query, (..., None, None))
+    assert_fits("key", key, (*query.shape[:-2], None, query.shape[-1]), query=query)
+    if mask is None:
+        return
+    assert_fits("mask", mask, (...,))
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"mask must be boolean (True = may attend), not {mask.dtype}")
+    shape = (*query.shape[:-1], key.shape[-2])
+    assert_broadcasts("mask", mask, shape)
+    if 2 < mask.ndim < len(shape):
+        raise AssertionError(
+            f"argument mask {mask.shape} has fewer axes than the logits {shape}: write "
+            "mask[:, None] if its first is that of the examples, mask[None] if of the heads"
+        )
+
+
 def assert_ids(name: str, ids: ArrayLike, size: int) -> None:
     """Asserts that concrete `ids` lie in [0, size); traced ones have no values to look at.
 

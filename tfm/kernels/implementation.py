@@ -6,10 +6,15 @@ from typing import Literal, cast, get_args
 Implementation = Literal["auto", "formula", "chunked", "cudnn"]
 """How a function is computed, to the same result.
 
-auto:    by the kernels of this folder, as they are fast on the device
+auto:    by the kernels of this folder, as they are fast on the device: attention by cudnn on a GPU
+         where it fits, chunked on a CPU whose cache the logits overflow, or else as it stands, with
+         a derivative of the softmax that keeps less
 formula: as it stands in the paper, by plain operations and their own derivatives
-chunked: attention a few heads at a time; everything else as auto
-cudnn:   attention by NVIDIA's fused kernel; everything else as auto
+chunked: attention a few heads at a time, and again in the backward pass: O(L·K) memory for those
+         only. Its derivative is there in reverse mode alone. Where a size is 0, or symbolic (of
+         `jax.export`), it is the formula. Everything else as auto
+cudnn:   attention by NVIDIA's fused kernel, for operands that `tfm.kernels.attention.fits_cudnn`;
+         everything else as auto
 """
 
 
