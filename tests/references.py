@@ -29,14 +29,20 @@ def matrix_product(a, b):
     return product
 
 
-@over_leading_axes("(l,d),(k,d),(l,k)->(l,k)")
-def attention_weights(query, key, mask):
+def attention_weights(query, key, mask, bias=0.0):
+    bias = np.broadcast_to(bias, np.broadcast_shapes(np.shape(bias), mask.shape))
+    return _attention_weights(query, key, mask, bias)
+
+
+@over_leading_axes("(l,d),(k,d),(l,k),(l,k)->(l,k)")
+def _attention_weights(query, key, mask, bias):
     d_k = query.shape[1]
     weights = np.zeros(mask.shape)
     for i in range(len(query)):
         allowed = [j for j in range(len(key)) if mask[i, j]]
         scores = [
             sum(float(query[i, m]) * float(key[j, m]) for m in range(d_k)) / math.sqrt(d_k)
+            + float(bias[i, j])
             for j in allowed
         ]
         for j, weight in zip(allowed, softmax(scores), strict=True):

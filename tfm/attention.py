@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +10,28 @@ from jax.typing import DTypeLike
 
 from tfm.compilation import compiled
 from tfm.kernels.attention import attend
-from tfm.kernels.implementation import Implementation
+from tfm.kernels.implementation import Implementation, Options
 from tfm.kernels.precision import floating, linear, matmul
 from tfm.kernels.softmax import masked_softmax
 from tfm.shapes import assert_attends, assert_fits, with_axes
 
 
-def _map_heads(one_head: Callable[..., Array], *operands: Any) -> Array:
-    """one_head under `jax.vmap` over each axis before the last two: heads, examples and so on.
+def _map_heads(
+    one_head: Callable[..., Array], *matrices: Array, shared: tuple[Array | None, Array | None]
+) -> Array:
+    """one_head(*matrices, *shared) under `jax.vmap` over each axis before the last two: heads,
+    examples and so on.
 
-    operands: the queries, the keys …, and last the mask, which may be None, have fewer axes, or
-      axes of 1, along which all share one mask.
+    shared: mask and bias, of as many axes or fewer; along an axis of 1 all share one of them.
     """
-    *matrices, mask = operands
-    mask = with_axes(jnp.ones((), bool) if mask is None else mask, matrices[0].ndim)
-    is_shared = [size == 1 for size in mask.shape[:-2]]
-    mask = mask.squeeze([axis for axis, shared in enumerate(is_shared) if shared])
-    for shared in reversed(is_shared):  # the innermost axis first, that of the heads
-        one_head = jax.vmap(one_head, (*[0] * len(matrices), None if shared else 0))
-    return one_head(*matrices, mask)
+    ndim = matrices[0].ndim
+    given = [None if x is None else with_axes(x, ndim) for x in shared]
+    for axis in reversed(range(ndim - 2)):  # the innermost first, that of the heads
+        in_axes = [None if x is None or x.shape[axis] == 1 else 0 for x in given]
+        one_head = jax.vmap(one_head, (*[0] * len(matrices), *in_axes))
+    ones = [[a for a in range(ndim - 2) if x is not None and x.shape[a] == 1] for x in given]
+    parts = [None if x is None else x.squeeze(axes) for x, axes in zip(given, ones, strict=True)]
+    return one_head(*matrices, *parts)
 
 
 @compiled(static=("compute_dtype", "implementation"))
@@ -38,6 +40,7 @@ def attention_weights(
     key: Array,
     mask: Array | None = None,
     *,
+    bias: Array | None = None,
     compute_dtype: DTypeLike | None = None,
     implementation: Implementation = "auto",
 ) -> Array:
@@ -49,6 +52,7 @@ def attention_weights(
       query: [..., L, d_k], usually [..., H, L, d_k].
       key: [..., K, d_k].
       mask: boolean, [L, K] or broadcastable to [..., L, K] with as many axes; True = may attend.
+      bias: floating, of a form as the mask's: what is added to QKᵀ/√d_k (not in the paper).
       compute_dtype: see `tfm.kernels.precision`.
       implementation: see `tfm.kernels.implementation`.
 
@@ -57,18 +61,21 @@ def attention_weights(
 
     Raises:
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
-      TypeError: the mask is not boolean.
+      TypeError: the mask is not boolean, or the bias is.
     """
-    assert_attends(query, key, mask)
+    assert_attends(query, key, mask, bias)
 
-    def one_head(query: Array, key: Array, mask: Array) -> Array:  # [L, d_k], [K, d_k], [L, K]
+    # [L, d_k], [K, d_k], and [L, K] twice
+    def one_head(query: Array, key: Array, mask: Array | None, bias: Array | None) -> Array:
         # q·k of independent features of variance 1 has the variance d_k; divided by √d_k it has 1.
         # Dividing the queries is the same as dividing the logits, of which there are more.
         query = query / query.shape[-1] ** 0.5
         logits = matmul(query, key.T, compute_dtype, implementation)
+        if bias is not None:
+            logits += bias
         return masked_softmax(logits, mask, implementation)
 
-    return _map_heads(one_head, query, key, mask)
+    return _map_heads(one_head, query, key, shared=(mask, bias))
 
 
 @compiled(static=("compute_dtype", "implementation"))
@@ -78,6 +85,7 @@ def scaled_dot_product_attention(
     value: Array,
     mask: Array | None = None,
     *,
+    bias: Array | None = None,
     compute_dtype: DTypeLike | None = None,
     implementation: Implementation = "auto",
 ) -> Array:
@@ -92,6 +100,7 @@ def scaled_dot_product_attention(
       value: [..., H, K, d_v].
       mask: boolean, [L, K] or broadcastable to [..., H, L, K] with as many axes; True = may
         attend. A NaN in a value that it hides comes out all the same: 0 · NaN is NaN.
+      bias: as `attention_weights`.
       compute_dtype: see `tfm.kernels.precision`.
       implementation: formula, as it stands, with all of softmax(QKᵀ/√d_k) in memory; chunked, a
         few heads at a time; cudnn, NVIDIA's fused kernel; auto, what is fast on the device. See
@@ -102,22 +111,27 @@ def scaled_dot_product_attention(
 
     Raises:
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
-      TypeError: the mask is not boolean.
+      TypeError: the mask is not boolean, or the bias is.
       ValueError: an implementation of another name, or cudnn where it does not fit.
       RuntimeError: cudnn where there is none.
     """
-    assert_attends(query, key, mask)
+    assert_attends(query, key, mask, bias)
     assert_fits("value", value, (*key.shape[:-1], None), key=key)
     query, key, value = floating(query, key, value)
 
-    def one_head(query: Array, key: Array, value: Array, mask: Array) -> Array:
-        weights = attention_weights(
-            query, key, mask, compute_dtype=compute_dtype, implementation=implementation
-        )
-        return matmul(weights, value, compute_dtype, implementation)
+    def formula(
+        query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None
+    ) -> Array:
+        return _map_heads(one_head, query, key, value, shared=(mask, bias))
 
-    every_head = partial(_map_heads, one_head)
-    return attend(every_head, query, key, value, mask, compute_dtype, implementation)
+    def one_head(
+        query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None
+    ) -> Array:
+        options = Options(compute_dtype=compute_dtype, implementation=implementation)
+        weights = attention_weights(query, key, mask, bias=bias, **options)
+        return matmul(weights, value, **options)
+
+    return attend(formula, query, key, value, mask, bias, compute_dtype, implementation)
 
 
 @compiled(static=("num_heads",))
@@ -160,6 +174,7 @@ def multi_head_attention(
     num_heads: int,
     mask: Array | None = None,
     *,
+    bias: Array | None = None,
     compute_dtype: DTypeLike | None = None,
     implementation: Implementation = "auto",
 ) -> Array:
@@ -179,6 +194,7 @@ def multi_head_attention(
       w_q, w_k, w_v, w_o: [D, D].
       num_heads: h; divides D.
       mask: boolean, [L, K] or broadcastable to [..., H, L, K] with as many axes; True = may attend.
+      bias: as `attention_weights`.
       compute_dtype: see `tfm.kernels.precision`.
       implementation: see `scaled_dot_product_attention`.
 
@@ -188,7 +204,7 @@ def multi_head_attention(
     Raises:
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
       ValueError: num_heads does not divide D, or as `scaled_dot_product_attention`.
-      TypeError: the mask is not boolean.
+      TypeError: the mask is not boolean, or the bias is.
     """
     assert_fits("query_input", query_input, (..., None, None))
     d_model = query_input.shape[-1]
@@ -200,11 +216,10 @@ def multi_head_attention(
     )
     for name, weight in {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}.items():
         assert_fits(name, weight, (d_model, d_model), query_input=query_input)
-    product = partial(linear, compute_dtype=compute_dtype, implementation=implementation)
+    options = Options(compute_dtype=compute_dtype, implementation=implementation)
+    product = partial(linear, **options)
     query = split_heads(product(query_input, w_q), num_heads)
     key = split_heads(product(key_value_input, w_k), num_heads)
     value = split_heads(product(key_value_input, w_v), num_heads)
-    heads = scaled_dot_product_attention(
-        query, key, value, mask, compute_dtype=compute_dtype, implementation=implementation
-    )
+    heads = scaled_dot_product_attention(query, key, value, mask, bias=bias, **options)
     return product(merge_heads(heads), w_o)

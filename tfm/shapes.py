@@ -50,28 +50,32 @@ def assert_broadcasts(name: str, array: Array, shape: Sequence[int]) -> None:
     chex.assert_is_broadcastable(array.shape, tuple(shape), custom_message=message)
 
 
-def assert_attends(query: Array, key: Array, mask: Array | None) -> None:
-    """Asserts that queries [..., L, d_k] fit keys [..., K, d_k], and that a boolean mask broadcasts
-    to their logits [..., L, K] with as many axes, or is [L, K].
+def assert_attends(query: Array, key: Array, mask: Array | None, bias: Array | None) -> None:
+    """Asserts that queries [..., L, d_k] fit keys [..., K, d_k], and that a boolean mask and a bias
+    broadcast to their logits [..., L, K] with as many axes, or are [L, K].
 
     Raises:
       AssertionError: shapes that do not fit; the message names the argument and both shapes.
-      TypeError: the mask is not boolean.
+      TypeError: the mask is not boolean, or the bias is.
     """
     assert_fits("query", query, (..., None, None))
     assert_fits("key", key, (*query.shape[:-2], None, query.shape[-1]), query=query)
-    if mask is None:
-        return
-    assert_fits("mask", mask, (...,))
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"mask must be boolean (True = may attend), not {mask.dtype}")
     shape = (*query.shape[:-1], key.shape[-2])
-    assert_broadcasts("mask", mask, shape)
-    if 2 < mask.ndim < len(shape):
-        raise AssertionError(
-            f"argument mask {mask.shape} has fewer axes than the logits {shape}: write "
-            "mask[:, None] if its first is that of the examples, mask[None] if of the heads"
-        )
+    for name, given in {"mask": mask, "bias": bias}.items():
+        if given is None:
+            continue
+        assert_fits(name, given, (...,))
+        if name == "mask" and given.dtype != jnp.bool_:
+            raise TypeError(f"mask must be boolean (True = may attend), not {given.dtype}")
+        if name == "bias" and given.dtype == jnp.bool_:
+            raise TypeError("bias must be numbers, which are added to the logits; bool is a mask")
+        assert_broadcasts(name, given, shape)
+        if 2 < given.ndim < len(shape):
+            raise AssertionError(
+                f"argument {name} {given.shape} has fewer axes than the logits {shape}: write "
+                f"{name}[:, None] if its first is that of the examples, {name}[None] if of the "
+                "heads"
+            )
 
 
 def assert_ids(name: str, ids: ArrayLike, size: int) -> None:

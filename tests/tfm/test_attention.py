@@ -204,6 +204,65 @@ def test_attention_refuses_a_mask_that_is_not_boolean(rng):
     )
 
 
+# A bias
+
+BIAS_SHAPES = [(4, 5), (1, 1, 4, 5), (1, 3, 4, 5), (2, 1, 1, 5), (2, 3, 4, 1), (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("shape", BIAS_SHAPES)
+def test_a_bias_is_added_to_the_logits(rng, tolerance, shape):
+    query, key, value = queries_keys_values(rng)
+    mask, bias = random_mask(rng, 2, 3, 4, 5), rng.standard_normal(shape)
+    expected = references.attention_weights(query, key, mask, bias)
+    assert_close(attention_weights(query, key, mask, bias=bias), expected, tolerance)
+    out = scaled_dot_product_attention(query, key, value, mask, bias=bias)
+    assert_close(out, np.matmul(expected, value), tolerance)
+
+
+def test_a_bias_goes_to_each_head_its_own(rng):
+    query_input, key_value_input, *weights = map(jnp.asarray, multi_head_inputs(rng))
+    w_q, w_k, w_v, w_o = weights
+    bias = jnp.asarray(rng.standard_normal((2, 4, 5)))
+    out = multi_head_attention(query_input, key_value_input, *weights, num_heads=2, bias=bias)
+    inputs = (query_input, w_q), (key_value_input, w_k), (key_value_input, w_v)
+    heads = [split_heads(jnp.matmul(x, w, precision="highest"), 2) for x, w in inputs]
+    by_hand = merge_heads(scaled_dot_product_attention(*heads, bias=bias))
+    assert_close(out, jnp.matmul(by_hand, w_o, precision="highest"), 1e-4)
+
+
+@pytest.mark.usefixtures("traced_anew")
+@pytest.mark.parametrize("shape", BIAS_SHAPES)
+@pytest.mark.parametrize("chunk", [1, 45, 10**6])
+def test_a_bias_has_its_gradient_in_chunks_too(rng, x64, monkeypatch, shape, chunk):
+    monkeypatch.setattr("tfm.kernels.attention.CHUNK", chunk)
+    inputs, bias = queries_keys_values(rng), rng.standard_normal(shape)
+    mask = random_mask(rng, 2, 1, 4, 5)
+
+    def value_and_gradients(implementation):
+        def total(*inputs):
+            *operands, bias = inputs
+            out = scaled_dot_product_attention(
+                *operands, mask, bias=bias, implementation=implementation
+            )
+            return jnp.square(out - 1).sum()
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3)))(*inputs, bias)
+
+    chunked, formula = map(value_and_gradients, ("chunked", "formula"))
+    jax.tree.map(partial(assert_close, tolerance=1e-12), chunked, formula)
+    formula = partial(scaled_dot_product_attention, *inputs, mask, implementation="formula")
+    assert_gradients_right(lambda bias: formula(bias=bias), jnp.asarray(bias))
+
+
+def test_a_bias_of_another_form_is_refused(rng):
+    query, key, _ = map(jnp.asarray, queries_keys_values(rng))
+    for shape in [(4, 6), (3, 4, 5), (2, 3, 1, 4, 5)]:
+        biased = partial(attention_weights, bias=jnp.zeros(shape))
+        assert_refuses(biased, query, key, words=["bias", str(shape), "(2, 3, 4, 5)"])
+    mask = partial(attention_weights, bias=jnp.zeros((4, 5), bool))
+    assert_refuses(mask, query, key, words=["bias", "bool is a mask"], error=TypeError)
+
+
 # The ways to compute it
 
 MASK_SHAPES = [(), (5,), (4, 5), (2, 1, 1, 5), (2, 1, 4, 5), (1, 3, 1, 1), (2, 3, 4, 5)]
@@ -296,16 +355,34 @@ def test_cudnn_reads_a_mask_once_for_all_that_share_it(monkeypatch, mask, bias):
     assert numbers[3:4] == ([] if bias is None else [bias])
 
 
+@pytest.mark.usefixtures("traced_anew")
+@pytest.mark.parametrize("masked", [False, True])
+def test_cudnn_takes_a_bias_where_it_is_asked_for(monkeypatch, masked):
+    """By itself a GPU adds it to the logits in f32: cuDNN wants it in 16 bits."""
+
+    def total(*inputs, **options):
+        *operands, bias = inputs
+        options |= {"compute_dtype": jnp.bfloat16, "bias": bias}
+        mask = causal_mask(4) if masked else None
+        return scaled_dot_product_attention(*operands, mask, **options).sum()
+
+    both = jax.grad(partial(total, implementation="cudnn"), argnums=(0, 1, 2, 3))
+    program = lowered_for_cuda(monkeypatch, both, *[FITTING] * 3, (1, 3, 4, 4))
+    (results,) = re.findall(r"__cudnn\$fmhaScaleBiasSoftmaxBackward\(.*-> (.*)", program)
+    assert "1x3x4x4xbf16" in results
+    assert "fmha" not in lowered_for_cuda(monkeypatch, total, *[FITTING] * 3, (1, 3, 4, 4))
+
+
 def test_cudnn_sees_no_query_without_a_key(monkeypatch):
     seen = []
 
-    def fused(query, key, value, mask, implementation):
+    def fused(query, key, value, bias, mask, implementation):
         seen.append(mask)
         return jnp.ones_like(query)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
     mask = jnp.array([[True, False, False, True], [False] * 4] * 2)
-    out = kernels_attention._cudnn(*[jnp.ones(FITTING)] * 3, mask, jnp.bfloat16)
+    out = kernels_attention._cudnn(jnp.bfloat16, *[jnp.ones(FITTING)] * 3, mask, None)
     assert np.array_equal(seen[0][0, 0], mask | jnp.array([[False], [True]] * 2))
     assert np.array_equal(out, np.broadcast_to(np.array([1, 0, 1, 0])[:, None], FITTING))
 

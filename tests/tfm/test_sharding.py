@@ -106,6 +106,23 @@ def test_a_mesh_gives_the_losses_of_one_device_in_f32(divided, reference):
     np.testing.assert_allclose(losses, reference["float32"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (1, 8, 6, 6), (8, 1, 6, 6), (8, 8, 6, 1)])
+@pytest.mark.parametrize("implementation", ["formula", "chunked"])
+def test_the_gradient_of_a_bias_is_that_of_one_device(rng, shape, implementation):
+    operands = [jnp.float32(rng.standard_normal((8, 8, 6, 4))) for _ in range(3)]
+    bias = jnp.float32(rng.standard_normal(shape))
+
+    def total(bias, *operands):
+        out = tfm.scaled_dot_product_attention(*operands, bias=bias, implementation=implementation)
+        return jnp.square(out).sum()
+
+    both = jax.value_and_grad(total, argnums=(0, 1))
+    alone = both(bias, *operands)
+    with jax.set_mesh(meshes.make_mesh(MeshConfig(2, 2, 2))):
+        together = jax.jit(both)(bias, *operands)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), together, alone)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",

@@ -1,7 +1,9 @@
 """How a formula is computed: as it stands, or by the kernels of this folder."""
 
 import warnings
-from typing import Literal, cast, get_args
+from typing import Literal, TypedDict, cast, get_args
+
+from jax.typing import DTypeLike
 
 Implementation = Literal["auto", "formula", "chunked", "cudnn"]
 """How a function is computed, to the same result.
@@ -16,6 +18,13 @@ chunked: attention a few heads at a time, and again in the backward pass: O(L·K
 cudnn:   attention by NVIDIA's fused kernel, for operands that `tfm.kernels.attention.fits_cudnn`;
          everything else as auto
 """
+
+
+class Options(TypedDict):
+    """The keyword arguments by which one function tells another how to compute."""
+
+    compute_dtype: DTypeLike | None
+    implementation: Implementation
 
 
 def resolve(implementation: str) -> Implementation:

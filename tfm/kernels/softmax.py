@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from tfm.kernels.implementation import Implementation, resolve
 from tfm.shapes import with_axes
@@ -32,8 +32,10 @@ def exponentials(logits: Array, mask: Array | None) -> tuple[Array, Array, Array
     mask = jnp.ones((), bool) if mask is None else with_axes(mask, logits.ndim)
     lowest = jnp.finfo(logits.dtype).min
     logits = jnp.where(mask, logits, lowest)
-    # Subtracting a row's maximum changes nothing but keeps exp from overflowing.
+    # Subtracting a row's maximum changes nothing, nor does its gradient: it keeps exp from
+    # overflowing.
     largest = logits.max(-1, keepdims=True, initial=lowest if logits.shape[-1] == 0 else None)
+    largest = lax.stop_gradient(largest)
     numerators = jnp.where(mask, jnp.exp(logits - largest), 0)
     total = numerators.sum(-1, keepdims=True)
     return numerators, jnp.where(total > 0, total, 1), largest
