@@ -23,8 +23,8 @@ from tfm.decoding import beam_search, greedy, sample, start_decoding
 from tfm.dropout import dropout
 from tfm.embedding import embed, output_distribution, output_logits
 from tfm.feed_forward import feed_forward
+from tfm.functions import Functions
 from tfm.kernels.quantization import quantize
-from tfm.layers import Functions
 from tfm.loss import label_smoothed_cross_entropy
 from tfm.masks import causal_mask, padding_mask, segment_mask, shift_right
 from tfm.model import Transformer

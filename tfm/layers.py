@@ -1,6 +1,5 @@
 """§3.1-3.3 The layers: thin linen modules that own parameters and call the functions."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,13 +18,13 @@ from tfm.attention import (
 from tfm.cache import LayerCache
 from tfm.config import TransformerConfig
 from tfm.dropout import DecoderDropout, EncoderDropout, dropout, site_key
-from tfm.feed_forward import ACTIVATIONS, feed_forward
+from tfm.feed_forward import ACTIVATIONS
+from tfm.functions import Functions, call, own_module
+from tfm.kernels.implementation import Options
 from tfm.kernels.precision import linear, matmul
 from tfm.kernels.projection import side_by_side, side_by_side_by_head
 from tfm.kernels.quantization import Quantized
-from tfm.normalization import layer_norm
 from tfm.parallel.sharding import constrain, gather_for_compute, is_divided
-from tfm.positions import sinusoidal_positions
 from tfm.shapes import with_axes
 
 INITIALIZERS = {
@@ -33,23 +32,6 @@ INITIALIZERS = {
     "lecun_normal": nn.initializers.lecun_normal(),
     "he_normal": nn.initializers.he_normal(),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Functions:
-    """The functions that the layers call. Put another in the place of one to study it:
-
-        Transformer(config, Functions(feed_forward=mine))
-
-    Same signature as the function it replaces; of its options only those that the config sets apart
-    from the default need be there. The parameters stay as they are, so a trained checkpoint fits
-    either.
-    """
-
-    attention_weights: Callable[..., Array] = attention_weights
-    feed_forward: Callable[..., Array] = feed_forward
-    layer_norm: Callable[..., Array] = layer_norm
-    sinusoidal_positions: Callable[..., Array] = sinusoidal_positions
 
 
 @flax.struct.dataclass
@@ -60,12 +42,6 @@ class Flag:
 
     def __bool__(self) -> bool:
         return self.value
-
-
-def formula_option(config: TransformerConfig, function: Callable[..., Array]) -> dict[str, Any]:
-    """The option `implementation` where it says more, and the function is ours."""
-    is_ours = function in (attention_weights, feed_forward, layer_norm)
-    return {"implementation": "formula"} if config.implementation == "formula" and is_ours else {}
 
 
 def matrix(module: nn.Module, name: str, shape: tuple[int, int]) -> Array | Quantized:
@@ -84,10 +60,14 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        if (module := own_module(self, "layer_norm")) is not None:
+            nn.share_scope(self, module)
+            return call(self, "layer_norm", (x,), x.shape, module)
         scale = self.param("scale", nn.initializers.ones, (self.config.d_model,))
         bias = self.param("bias", nn.initializers.zeros, (self.config.d_model,))
-        function, epsilon = self.functions.layer_norm, self.config.layer_norm_epsilon
-        return function(x, scale, bias, epsilon, **formula_option(self.config, function))
+        arguments = x, scale, bias, self.config.layer_norm_epsilon
+        how = {"implementation": self.config.implementation}
+        return call(self, "layer_norm", arguments, x.shape, how=how)
 
 
 class FeedForward(nn.Module):
@@ -97,32 +77,42 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
         c = self.config
+        how = Options(compute_dtype=jnp.dtype(c.compute_dtype), implementation=c.implementation)
+        if (module := own_module(self, "feed_forward")) is not None:
+            nn.share_scope(self, module)
+            offered: dict[str, Any] = {"dropout_key": dropout_key}
+            return call(self, "feed_forward", (x,), x.shape, module, how=how, **offered)
         zeros = nn.initializers.zeros
         w1 = matrix(self, "w1", (c.d_model, c.d_ff))
         b1 = self.param("b1", zeros, (c.d_ff,))
         w2 = matrix(self, "w2", (c.d_ff, c.d_model))
         b2 = self.param("b2", zeros, (c.d_model,))
         # Only what departs from the paper, so that a function in its place need take no more.
-        options = formula_option(c, self.functions.feed_forward)
+        options: dict[str, Any] = {}
         if c.activation != "relu":
             options["activation"] = ACTIVATIONS[c.activation]
         if dropout_key is not None and c.activation_dropout_rate:
             options |= {"dropout_key": dropout_key, "dropout_rate": c.activation_dropout_rate}
-        dtype = jnp.dtype(c.compute_dtype)
-        return self.functions.feed_forward(x, w1, b1, w2, b2, compute_dtype=dtype, **options)
+        arguments = x, w1, b1, w2, b2
+        return call(self, "feed_forward", arguments, x.shape, options=options, how=how)
 
 
 class MultiHeadAttention(nn.Module):
     """`tfm.multi_head_attention` in two halves, so that a cache fits between them.
 
-    Both halves together equal the function where no option is set; a test holds them equal.
+    Both halves together equal the function where no option is set; a test holds them equal. The
+    methods that return what they are given are there for `tfm.activations` to see and to replace.
     """
 
     config: TransformerConfig
     functions: Functions = Functions()
+    kind: str = "encoder"
 
     def setup(self) -> None:
         c = self.config
+        self.own_weights = own_module(self, "attention_weights")
+        if self.own_weights is not None:
+            nn.share_scope(self, self.own_weights)
         self.weights = {n: matrix(self, f"w_{n}", (c.d_model, c.d_model)) for n in "qkvo"}
         if c.projection_bias:
             zeros, row = nn.initializers.zeros, (c.d_model,)
@@ -138,15 +128,41 @@ class MultiHeadAttention(nn.Module):
 
     def query_key_value(self, x: Array) -> list[Array]:
         """Of self-attention: [..., L, D] -> three times [..., H, L, d_k]."""
-        return self._project(x, "qkv")
+        query, key, value = self._project(x, "qkv")
+        return [self.queries(query), self.keys(key), self.values(value)]
 
     def query(self, x: Array) -> Array:
         """[..., L, D] -> [..., H, L, d_k]"""
-        return self._project(x, "q")[0]
+        return self.queries(self._project(x, "q")[0])
 
     def key_value(self, x: Array) -> list[Array]:
         """[..., K, D] -> twice [..., H, K, d_k]."""
-        return self._project(x, "kv")
+        key, value = self._project(x, "kv")
+        return [self.keys(key), self.values(value)]
+
+    def queries(self, query: Array) -> Array:
+        """[..., H, L, d_k]"""
+        return query
+
+    def keys(self, key: Array) -> Array:
+        """[..., H, K, d_k]"""
+        return key
+
+    def values(self, value: Array) -> Array:
+        """[..., H, K, d_k]"""
+        return value
+
+    def attention_weights(self, weights: Array) -> Array:
+        """[..., H, L, K]"""
+        return weights
+
+    def head_outputs(self, heads: Array) -> Array:
+        """[..., H, L, d_k]"""
+        return heads
+
+    def output(self, heads: Array) -> Array:
+        """Concat(head₁, …, head_h) W^O: [..., H, L, d_k] -> [..., L, D]"""
+        return self._linear(merge_heads(heads), "o")
 
     def _project(self, x: Array, names: str) -> list[Array]:
         """[..., L, D] -> [..., H, L, d_k] for each of `names` ('q', 'kv' or 'qkv').
@@ -168,34 +184,51 @@ class MultiHeadAttention(nn.Module):
         key: Array,
         value: Array,
         mask: Array,
+        positions: tuple[Array, Array] | None = None,
         dropout_key: Array | None = None,
         head_mask: Array | None = None,
         return_weights: bool | Flag = False,
     ) -> tuple[Array, Array | None]:
         """[..., H, L, d_k] and [..., H, K, d_k] twice -> [..., L, D], and with `return_weights`
-        the weights [..., H, L, K]."""
-        c, weights_function = self.config, self.functions.attention_weights
+        the weights [..., H, L, K].
+
+        positions: those of the queries and of the keys, for a function in the place of ours.
+        """
+        c = self.config
+        how = Options(compute_dtype=c.compute_dtype, implementation=c.implementation)
         drops = dropout_key is not None and c.attention_dropout_rate > 0
-        is_replaced = weights_function is not attention_weights
+        is_replaced = self.functions.attention_weights is not attention_weights
         if return_weights or drops or is_replaced:  # all of them in memory
-            option = formula_option(c, weights_function)
-            weights = weights_function(query, key, mask, compute_dtype=c.compute_dtype, **option)
+            weights = self._weights(query, key, mask, positions, how)
             kept = weights
             if dropout_key is not None and c.attention_dropout_rate > 0:
                 kept = dropout(dropout_key, weights, c.attention_dropout_rate)
-            heads = matmul(kept, value, c.compute_dtype, c.implementation)
+            heads = matmul(kept, value, **how)
         else:
-            heads = scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                mask,
-                compute_dtype=c.compute_dtype,
-                implementation=c.implementation,
-            )
+            heads = scaled_dot_product_attention(query, key, value, mask, **how)
+        heads = self.head_outputs(heads)
         if head_mask is not None:
             heads *= with_axes(head_mask[:, None, None], heads.ndim)
-        return self._linear(merge_heads(heads), "o"), weights if return_weights else None
+        return self.output(heads), weights if return_weights else None
+
+    def _weights(
+        self,
+        query: Array,
+        key: Array,
+        mask: Array,
+        positions: tuple[Array, Array] | None,
+        how: Options,
+    ) -> Array:
+        """[..., H, L, K], by the function or the module in its place."""
+        offered: dict[str, Any] = {"kind": self.kind}
+        if positions is not None:
+            offered |= {"query_positions": positions[0], "key_positions": positions[1]}
+        shape = (*query.shape[:-1], key.shape[-2])
+        arguments = query, key, mask
+        weights = call(
+            self, "attention_weights", arguments, shape, self.own_weights, how=how, **offered
+        )
+        return self.attention_weights(weights)
 
 
 class Layer(nn.Module):
@@ -212,6 +245,16 @@ class Layer(nn.Module):
         """What a sub-layer reads: x, or pre-norm LayerNorm(x)."""
         return norm(x) if self.config.norm_placement == "pre" else x
 
+    def after_attention(self, x: Array) -> Array:
+        """The residual stream [..., L, D], as it is; likewise the next two."""
+        return x
+
+    def after_cross_attention(self, x: Array) -> Array:
+        return x
+
+    def after_feed_forward(self, x: Array) -> Array:
+        return x
+
     def add_and_norm(self, norm: LayerNorm, x: Array, y: Array, key: Array | None) -> Array:
         """LayerNorm(x + Dropout(y)), "Add & Norm" of Figure 1; or pre-norm x + Dropout(y)."""
         y = constrain(y, "batch", None, None)
@@ -222,7 +265,7 @@ class Layer(nn.Module):
 
 class EncoderLayer(Layer):
     def setup(self) -> None:
-        self.attention = MultiHeadAttention(self.config, self.functions)
+        self.attention = MultiHeadAttention(self.config, self.functions, "encoder")
         self.attention_norm = LayerNorm(self.config, self.functions)
         self.feed_forward = FeedForward(self.config, self.functions)
         self.feed_forward_norm = LayerNorm(self.config, self.functions)
@@ -231,6 +274,7 @@ class EncoderLayer(Layer):
         self,
         x: Array,
         mask: Array,
+        positions: Array,
         dropout_key: Array | None = None,
         head_mask: Array | None = None,
         return_weights: bool | Flag = False,
@@ -239,20 +283,23 @@ class EncoderLayer(Layer):
         key, site = partial(site_key, dropout_key), EncoderDropout
 
         q, k, v = self.attention.query_key_value(self.sublayer_input(self.attention_norm, x))
+        at = positions, positions
         y, weights = self.attention.attend(
-            q, k, v, mask, key(site.ATTENTION_WEIGHTS), head_mask, return_weights
+            q, k, v, mask, at, key(site.ATTENTION_WEIGHTS), head_mask, return_weights
         )
         x = self.add_and_norm(self.attention_norm, x, y, key(site.ATTENTION))
+        x = self.after_attention(x)
 
         y = self.feed_forward(self.sublayer_input(self.feed_forward_norm, x), key(site.HIDDEN))
-        return self.add_and_norm(self.feed_forward_norm, x, y, key(site.FEED_FORWARD)), weights
+        x = self.add_and_norm(self.feed_forward_norm, x, y, key(site.FEED_FORWARD))
+        return self.after_feed_forward(x), weights
 
 
 class DecoderLayer(Layer):
     def setup(self) -> None:
-        self.self_attention = MultiHeadAttention(self.config, self.functions)
+        self.self_attention = MultiHeadAttention(self.config, self.functions, "decoder")
         self.self_attention_norm = LayerNorm(self.config, self.functions)
-        self.cross_attention = MultiHeadAttention(self.config, self.functions)
+        self.cross_attention = MultiHeadAttention(self.config, self.functions, "cross")
         self.cross_attention_norm = LayerNorm(self.config, self.functions)
         self.feed_forward = FeedForward(self.config, self.functions)
         self.feed_forward_norm = LayerNorm(self.config, self.functions)
@@ -268,6 +315,8 @@ class DecoderLayer(Layer):
         encoded: Array,
         mask: Array,
         cross_mask: Array,
+        positions: Array,
+        source_positions: Array,
         dropout_key: Array | None = None,
         head_mask: Array | None = None,
         cross_head_mask: Array | None = None,
@@ -279,21 +328,23 @@ class DecoderLayer(Layer):
 
         h = self.sublayer_input(self.self_attention_norm, x)
         q, k, v = self.self_attention.query_key_value(h)
-        y, weights = self.self_attention.attend(
-            q, k, v, mask, key(site.SELF_ATTENTION_WEIGHTS), head_mask, return_weights
-        )
+        at, drop = (positions, positions), key(site.SELF_ATTENTION_WEIGHTS)
+        y, weights = self.self_attention.attend(q, k, v, mask, at, drop, head_mask, return_weights)
         x = self.add_and_norm(self.self_attention_norm, x, y, key(site.SELF_ATTENTION))
+        x = self.after_attention(x)
 
         q = self.cross_attention.query(self.sublayer_input(self.cross_attention_norm, x))
         k, v = self.cross_attention.key_value(encoded)
+        at, drop = (positions, source_positions), key(site.CROSS_ATTENTION_WEIGHTS)
         y, cross_weights = self.cross_attention.attend(
-            q, k, v, cross_mask, key(site.CROSS_ATTENTION_WEIGHTS), cross_head_mask, return_weights
+            q, k, v, cross_mask, at, drop, cross_head_mask, return_weights
         )
         x = self.add_and_norm(self.cross_attention_norm, x, y, key(site.CROSS_ATTENTION))
+        x = self.after_cross_attention(x)
 
         y = self.feed_forward(self.sublayer_input(self.feed_forward_norm, x), key(site.HIDDEN))
         x = self.add_and_norm(self.feed_forward_norm, x, y, key(site.FEED_FORWARD))
-        return x, weights, cross_weights
+        return self.after_feed_forward(x), weights, cross_weights
 
     def step(
         self,
@@ -314,13 +365,22 @@ class DecoderLayer(Layer):
         q, k, v = self.self_attention.query_key_value(h)
         cache = cache.write(k, v, index * x.shape[1])
         k, v = cache.pair()
-        y, _ = self.self_attention.attend(q, k, v, mask)
-        x = self.add_and_norm(self.self_attention_norm, x, y, None)
+        width = x.shape[1]
+        here = jnp.full((1, width), index)
+        y, _ = self.self_attention.attend(q, k, v, mask, (here, _positions(k) // width))
+        x = self.after_attention(self.add_and_norm(self.self_attention_norm, x, y, None))
 
         q = self.cross_attention.query(self.sublayer_input(self.cross_attention_norm, x))
         k, v = memory.pair()
-        y, _ = self.cross_attention.attend(q, k, v, cross_mask)
+        y, _ = self.cross_attention.attend(q, k, v, cross_mask, (here, _positions(k)))
         x = self.add_and_norm(self.cross_attention_norm, x, y, None)
+        x = self.after_cross_attention(x)
 
         y = self.feed_forward(self.sublayer_input(self.feed_forward_norm, x))
-        return self.add_and_norm(self.feed_forward_norm, x, y, None), cache
+        x = self.add_and_norm(self.feed_forward_norm, x, y, None)
+        return self.after_feed_forward(x), cache
+
+
+def _positions(key: Array) -> Array:
+    """Those of keys [B, H, K, d_k] side by side from 0 on: [1, K]."""
+    return jnp.arange(key.shape[-2])[None]

@@ -15,12 +15,9 @@ from tfm.cache import Cache, LayerCache, Memory, SharedCache
 from tfm.config import TransformerConfig
 from tfm.dropout import dropout, site_key
 from tfm.embedding import embed, output_logits
+from tfm.functions import Functions, call, own_module
 from tfm.kernels.quantization import Quantized
-from tfm.layers import (
-    INITIALIZERS,
-    Functions,
-    LayerNorm,
-)
+from tfm.layers import INITIALIZERS, LayerNorm
 from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.parallel.sharding import constrain, gather_for_compute
 from tfm.shapes import as_ids, assert_broadcasts, assert_fits, assert_ids, nan_unless, with_axes
@@ -33,6 +30,12 @@ HeadMasks = dict[str, Array]
 def one_sequence(tokens: Array) -> Array:
     """The segment ids of rows that hold one sequence each: 1, and 0 where the token is padding."""
     return (tokens != 0).astype(jnp.int32)
+
+
+def numbered(positions: Array | None, tokens: Array) -> Array:
+    """The positions of tokens [..., L] with as many axes; 0, 1, … where none are given."""
+    positions = jnp.arange(tokens.shape[-1]) if positions is None else positions
+    return with_axes(positions, tokens.ndim)
 
 
 def layer_keys(key: Array | None, number: int) -> list[Array | None]:
@@ -68,6 +71,7 @@ class Transformer(nn.Module):
             self._output()
         if c.output_bias:
             self.bias = self.param("output_bias", nn.initializers.zeros, (c.padded(c.vocab_size),))
+        self.own_positions = own_module(self, "sinusoidal_positions")
         encoder, decoder = REMAT_LAYERS if c.rematerialize == "layers" else LAYERS
         self.encoder = [encoder(c, f) for _ in range(c.num_encoder_layers)]
         self.decoder = [decoder(c, f) for _ in range(c.num_decoder_layers)]
@@ -105,10 +109,8 @@ class Transformer(nn.Module):
         ids = as_ids(ids)
         if words < len(table):  # the rows beyond are no words: NaN, as all ids outside
             ids = jnp.where(ids < words, ids, len(table))
-        x, length = (
-            embed(ids, table, scale=c.scale_embeddings, implementation=c.implementation),
-            ids.shape[-1],
-        )
+        x = embed(ids, table, scale=c.scale_embeddings, implementation=c.implementation)
+        length = ids.shape[-1]
         if positions is not None and c.first_position:
             # A negative position stays one, which is invalid.
             positions = as_ids(positions)
@@ -121,10 +123,22 @@ class Transformer(nn.Module):
         else:
             up_to = c.first_position + length if positions is None else positions
             layout = {} if c.sinusoid_layout == "interleaved" else {"layout": c.sinusoid_layout}
-            rows = self.functions.sinusoidal_positions(up_to, c.d_model, **layout)
+            leading = (c.first_position + length,) if positions is None else positions.shape
+            shape = *leading, c.d_model
+            arguments = up_to, c.d_model
+            rows = call(self, "sinusoidal_positions", arguments, shape, self.own_positions, layout)
             rows = rows[c.first_position :] if positions is None else rows
         x += with_axes(rows, x.ndim)
-        return x if dropout_key is None else dropout(dropout_key, x, c.dropout_rate)
+        x = x if dropout_key is None else dropout(dropout_key, x, c.dropout_rate)
+        return self.source_embedded(x) if side == "source" else self.target_embedded(x)
+
+    def source_embedded(self, x: Array) -> Array:
+        """What goes into the first layer of the encoder [..., S, D], as it is."""
+        return x
+
+    def target_embedded(self, x: Array) -> Array:
+        """What goes into the first layer of the decoder [..., T, D], as it is."""
+        return x
 
     def _check_length(self, side: str, length: int) -> None:
         """Raises ValueError where the learned positions are too few for `length`."""
@@ -184,8 +198,9 @@ class Transformer(nn.Module):
         mask = segment_mask(segments, segments)
         x = self._embed("source", source, source_positions, site_key(dropout_key, 0))
         heads = self._head_masks(head_masks, "encoder", len(self.encoder))
+        context = mask, numbered(source_positions, source)
         own = layer_keys(dropout_key, len(self.encoder)), heads
-        x, (weights,) = apply_stack(self.encoder, x, (mask,), own, return_weights)
+        x, (weights,) = apply_stack(self.encoder, x, context, own, return_weights)
         return self.encoder_norm(x) if self.config.has_final_norm else x, weights
 
     def decode(
@@ -195,6 +210,7 @@ class Transformer(nn.Module):
         source_segment_ids: Array,
         target_segment_ids: Array,
         target_positions: Array | None = None,
+        source_positions: Array | None = None,
         *,
         dropout_key: Array | None = None,
         head_masks: HeadMasks | None = None,
@@ -211,7 +227,9 @@ class Transformer(nn.Module):
         heads = [
             self._head_masks(head_masks, kind, len(self.decoder)) for kind in ("decoder", "cross")
         ]
-        context = (encoded, mask, cross_mask)
+        positions = numbered(target_positions, target)
+        sources = numbered(source_positions, source_segment_ids)
+        context = encoded, mask, cross_mask, positions, sources
         own = layer_keys(dropout_key, len(self.decoder)), *heads
         x, (weights, cross_weights) = apply_stack(self.decoder, x, context, own, return_weights)
         x = self.decoder_norm(x) if self.config.has_final_norm else x
@@ -273,6 +291,7 @@ class Transformer(nn.Module):
             source_segment_ids,
             target_segment_ids,
             target_positions,
+            source_positions,
             dropout_key=site_key(dropout_key, 1),
             head_masks=head_masks,
             return_weights=return_weights,

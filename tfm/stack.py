@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from tfm.compilation import compiled
-from tfm.layers import DecoderLayer, EncoderLayer, Flag, Functions
+from tfm.functions import Functions
+from tfm.layers import DecoderLayer, EncoderLayer, Flag
 
 LAYERS = EncoderLayer, DecoderLayer
 REMAT_LAYERS = nn.remat(EncoderLayer), nn.remat(DecoderLayer)
@@ -25,7 +26,7 @@ def apply_stack(
 ) -> tuple[Array, list[Any]]:
     """x through N layers, and their attention weights [N, ...] of each kind, or None.
 
-    context: what every layer gets: masks, and in the decoder the encoder's output.
+    context: what every layer gets: masks, positions, and in the decoder the encoder's output.
     own: of each further argument one a layer: N dropout keys, head masks [N, H], or N times None.
     """
     if layers[0].config.scan_layers and not layers[0].is_initializing():

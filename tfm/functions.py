@@ -1,0 +1,115 @@
+"""What the model computes with, and what a user puts in the place of a part of it."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from tfm.attention import attention_weights
+from tfm.feed_forward import feed_forward
+from tfm.normalization import layer_norm
+from tfm.positions import sinusoidal_positions
+
+Replacement = Callable[..., Any]
+"""A function, or a linen module class (or a `functools.partial` of one)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """The functions that the layers call. Put another in the place of one to study it:
+
+        Transformer(config, Functions(feed_forward=mine))
+
+    A function has the signature of the one that it replaces: it gets the same parameters, so a
+    trained checkpoint fits either. A linen module class has parameters of its own in the place of
+    ours. It is made with the config, for each layer one, and called without weights:
+
+        attention_weights: module(query, key, mask)
+        feed_forward, layer_norm: module(x)
+        sinusoidal_positions: module(positions, d_model)
+
+    Of the options only those need be there that the config sets apart from the default. A
+    replacement of `attention_weights` that names them also gets
+
+        query_positions, key_positions: [..., L] and [..., K], with as many axes as a batch of
+          sequences has: where each query and key stands in its sequence, in training, in packed
+          rows and in decoding alike. In decoding the queries are the hypotheses of one position,
+          and the keys those of all hypotheses.
+        kind: "encoder", "decoder" or "cross".
+
+    Parameters are divided over a mesh by their names (`tfm.parallel.sharding.PARAM_LOGICAL_AXES`);
+    one of another name is not divided.
+
+    Raises:
+      TypeError: what is neither; and, once the model is applied, one that does not take the
+        arguments or returns something of another shape, with its layer.
+    """
+
+    attention_weights: Replacement = attention_weights
+    feed_forward: Replacement = feed_forward
+    layer_norm: Replacement = layer_norm
+    sinusoidal_positions: Replacement = sinusoidal_positions
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if not callable(given := getattr(self, field.name)):
+                raise TypeError(
+                    f"Functions({field.name}=…) must be a function or a linen module class, not "
+                    f"{type(given).__name__}"
+                )
+
+
+def own_module(owner: Any, name: str) -> nn.Module | None:
+    """The module that a class in the place of function `name` makes; None of a function."""
+    given = getattr(owner.functions, name)
+    made = getattr(given, "func", given)
+    if not (inspect.isclass(made) and issubclass(made, nn.Module)):
+        return None
+    return given(owner.config)
+
+
+def call(
+    owner: Any,
+    name: str,
+    arguments: tuple[Any, ...],
+    shape: tuple[int, ...],
+    module: nn.Module | None = None,
+    options: Mapping[str, Any] | None = None,
+    how: Mapping[str, Any] | None = None,
+    **offered: Any,
+) -> Array:
+    """The function `name` of a model, or the module in its place, of these arguments.
+
+    Args:
+      owner: the module that calls, whose `functions` are called.
+      shape: of the result.
+      options: keyword arguments that it must take.
+      how: those that it gets if its signature names them, or has a `**` for them.
+      offered: those that it gets if its signature names them.
+    """
+    given = getattr(owner.functions, name)
+    takes = inspect.signature(given if module is None else type(module).__call__)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.parameters.values())
+    kwargs = {k: x for k, x in offered.items() if k in takes.parameters} | dict(options or {})
+    kwargs |= {k: x for k, x in (how or {}).items() if takes_all or k in takes.parameters}
+    if given is getattr(Functions, name):
+        return given(*arguments, **kwargs)
+    where = f"{'/'.join(owner.path) or 'the model'}: Functions.{name}={_named(given)}"
+    try:
+        takes.bind(*([] if module is None else [module]), *arguments, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{where}: {error}; its signature is {takes}") from None
+    result = (given if module is None else module)(*arguments, **kwargs)
+    form = getattr(result, "shape", None)
+    if form != shape or not jnp.issubdtype(result.dtype, jnp.floating):
+        kind = type(result).__name__ if form is None else f"{result.dtype} {form}"
+        raise TypeError(f"{where}: returned {kind}, not floating numbers {shape}")
+    return result
+
+
+def _named(given: Replacement) -> str:
+    return getattr(getattr(given, "func", given), "__qualname__", repr(given))
