@@ -9,6 +9,7 @@ Everything here is a function of its arguments. Shapes are written in these lett
 """
 
 from tfm import jax_versions  # first: it refuses a JAX that gives wrong numbers
+from tfm.activations import activation_names, activations
 from tfm.attention import (
     attention_weights,
     merge_heads,
@@ -51,6 +52,8 @@ __all__ = [
     "BIG",
     "Transformer",
     "Functions",
+    "activations",
+    "activation_names",
     "shift_right",
     # §3.1 layer normalization
     "layer_norm",

@@ -25,7 +25,7 @@ from tfm.config import current_fields
 # They take functions and give functions, or hand parameters on, which what is compiled would copy.
 MAKERS = {
     "paper_schedule", "cosine_schedule", "make_optimizer", "init_state", "make_train_step",
-    "skip_nonfinite", "start_decoding", "quantize",
+    "skip_nonfinite", "start_decoding", "quantize", "activations", "activation_names",
 }  # fmt: skip
 PUBLIC = [n for n in tfm.__all__ if inspect.isfunction(getattr(tfm, n)) and n not in MAKERS]
 
