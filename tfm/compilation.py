@@ -63,7 +63,16 @@ def compiled(
             kwargs = {name: _number(x) if name in static else x for name, x in kwargs.items()}
             ask(check, args, kwargs)
             plain = _is_inside_jit() or not ask(compile_if, args, kwargs)
-            return (function if plain else alone)(*args, **kwargs)
+            try:
+                return (function if plain else alone)(*args, **kwargs)
+            except TypeError as error:
+                if "forward-mode" not in str(error):
+                    raise
+                raise TypeError(
+                    f"{function.__name__}: its kernels have derivatives in reverse mode alone; "
+                    "for jax.jvp and jax.linearize set implementation='formula', of a model "
+                    "TransformerConfig(implementation='formula')"
+                ) from None
 
         vars(call)["lower"] = alone.lower
         return cast(Compiled[P, R], call)
