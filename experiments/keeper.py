@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
+from experiments.functions import check_recorded, make_model
 from experiments.guard import Guard, Meter
 from experiments.peers import Peers
 from experiments.run_folder import RunFolder, RunFolderError, changes
@@ -63,12 +64,17 @@ def check_newest(folder: RunFolder, steps: int, identity: dict[str, Any]) -> Non
         )
 
 
-def newest_model(folder: RunFolder) -> tuple[dict[str, Any], Transformer, chex.ArrayTree]:
+def newest_model(
+    folder: RunFolder, functions: str | None = None
+) -> tuple[dict[str, Any], Transformer, chex.ArrayTree]:
     """The identity, model and parameters that a run ended with, or of its newest checkpoint.
+
+    functions: the FILE:NAME of those that it was trained with; of a folder none is ever run.
 
     A damaged checkpoint is named on standard error, and the one before it taken.
 
-    Raises RunFolderError where nothing is saved; CheckpointError where all of it is damaged.
+    Raises RunFolderError where nothing is saved; CheckpointError where all of it is damaged;
+    FunctionsError where it was trained with other functions.
     """
     for place in (folder.final, folder.checkpoints):
         if not place.is_dir():
@@ -80,11 +86,14 @@ def newest_model(folder: RunFolder) -> tuple[dict[str, Any], Transformer, chex.A
             if not step:  # 0: saved before anything was learned
                 continue
             identity = checkpoints.notes(step)["identity"]
+            check_recorded(folder.path, identity.get("functions_of"), functions)
             trained = TransformerConfig(**current_fields(identity["model"]))
-            params = checkpoints.restore_params(step, param_shapes(trained))
+            model = make_model(trained, functions)
+            params = checkpoints.restore_params(step, param_shapes(trained, model.functions))
             # Rows that only a mesh needed are left out.
             config = dataclasses.replace(trained, vocab_multiple=1)
-            return identity, Transformer(config), fit_vocabulary(params, config)
+            model = Transformer(config, model.functions)
+            return identity, model, fit_vocabulary(params, config)
     raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
 
 

@@ -37,6 +37,8 @@ class PredictConfig:
     int8: bool = False
     """Multiply by matrices in 8 bits (`tfm.quantize`): faster where the processor has such
     products; a few answers differ."""
+    functions: str | None = None
+    """FILE:NAME of the `tfm.Functions` that the run was trained with (my.py:MINE)."""
     sample: bool = False
     """Translation only: draw at random in the place of a search; nbest draws so many."""
     temperature: float | None = None
@@ -96,7 +98,7 @@ class PredictConfig:
     def only_for_translation(self) -> list[str]:
         """The names of the flags given that only a translation run knows."""
         given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
-        return sorted(given - {"run", "beam", "nbest", "alpha", "int8"})
+        return sorted(given - {"run", "beam", "nbest", "alpha", "int8", "functions"})
 
 
 def lines_of(stream: BinaryIO, longest: int = LONGEST) -> Iterator[bytes]:
@@ -168,7 +170,7 @@ def run(config: PredictConfig) -> None:
 
 def pronounce(config: PredictConfig) -> None:
     """Standard input to standard output, with a run of pronunciation."""
-    pronouncer = load(config.run, config.int8)
+    pronouncer = load(config.run, config.int8, config.functions)
     if config.alpha is not None:
         pronouncer = dataclasses.replace(pronouncer, alpha=config.alpha)
     at_once = 1 if sys.stdin.isatty() else LINES_AT_ONCE  # a person waits for each answer

@@ -136,9 +136,9 @@ class Pronouncer:
         return np.asarray(_cross_attention(self.model, self.params, *rows))[:, 0]
 
 
-def load(run: str | Path, int8: bool = False) -> Pronouncer:
+def load(run: str | Path, int8: bool = False, functions: str | None = None) -> Pronouncer:
     """The trained model of a run folder, config and vocabularies as its checkpoint has them; with
-    `int8` its matrices in 8 bits.
+    `int8` its matrices in 8 bits. `functions`: the FILE:NAME of those that it was trained with.
 
     A damaged checkpoint is named on standard error, and the one before it taken.
 
@@ -148,7 +148,7 @@ def load(run: str | Path, int8: bool = False) -> Pronouncer:
     folder = RunFolder(Path(run))
     if folder.read("config.json") is None:
         raise RunFolderError(f"{run}: not the folder of a run (no config.json)")
-    config, model, params = newest_model(folder)
+    config, model, params = newest_model(folder, functions)
     params = quantize(params) if int8 else params
     return Pronouncer(
         model=model,

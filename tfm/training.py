@@ -13,6 +13,7 @@ from jax import Array, lax
 from tfm.clipping import global_norm
 from tfm.compilation import compiled
 from tfm.config import TransformerConfig
+from tfm.functions import Functions
 from tfm.loss import SmoothedOver, assert_smoothing, label_smoothed_cross_entropy
 from tfm.masks import shift_right
 from tfm.model import Transformer, one_sequence
@@ -77,9 +78,9 @@ def init_params(model: Transformer, key: Array) -> ArrayTree:
 
 
 @cache
-def param_shapes(config: TransformerConfig) -> ArrayTree:
+def param_shapes(config: TransformerConfig, functions: Functions | None = None) -> ArrayTree:
     """Shapes and types of a model's parameters; nothing is computed."""
-    init = partial(init_params, Transformer(config))
+    init = partial(init_params, Transformer(config, functions or Functions()))
     return jax.eval_shape(init, jax.random.PRNGKey(0))
 
 

@@ -24,6 +24,7 @@ from experiments.bridge.pieces import own_ids, pieces_of, read_ids
 from experiments.bridge.torch_transformer import TorchOptions
 from experiments.bridge.torch_transformer import read_model as read_torch
 from experiments.checkpoints.manifest import sha256
+from experiments.run_folder import RunFolder
 from experiments.translation.subwords import Subwords
 from experiments.translation.subwords import read_model as read_sentencepiece
 from experiments.translation.translator import Settings, Translator, load, write
@@ -111,6 +112,11 @@ def run_export(config: ExportConfig) -> None:
     if config.int8 and config.format != "ctranslate2":
         raise BridgeError("--int8 goes with --format ctranslate2 alone")
     refuse_existing(config.path)
+    if (RunFolder(config.run).read("config.json") or {}).get("functions_of"):
+        raise BridgeError(
+            f"{config.run}: its model is made of functions of a user's, which {config.format} has "
+            "no place for"
+        )
     translator = load(config.run)
     with new_folder(config.path) as folder:
         if config.format == "marian":

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from experiments import data, metrics
 from experiments.data import DataError, Lexicon
+from experiments.functions import identity_of, make_model
 from experiments.keeper import check_newest
 from experiments.layout import Layout, divisible
 from experiments.packing import packed_batches
@@ -22,13 +23,13 @@ from experiments.tasks.training import (
     check_together,
     decide_compute_dtype,
     make_valid_loss,
+    parameter_count,
     together,
     train_model,
     write_params,
 )
 from experiments.vocabulary import BOS, Vocabulary
 from tfm.config import TransformerConfig
-from tfm.model import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +181,7 @@ def fit(
         target_length=config.target_length, seed=config.seed, own=layout.own_rows,
     )  # fmt: skip
     untrained = Pronouncer(
-        Transformer(config.model), {}, lexicons.letters, lexicons.phones,
+        make_model(config.model, config.functions), {}, lexicons.letters, lexicons.phones,
         config.source_length, config.target_length, config.beam, config.alpha,
     )  # fmt: skip
     valid = data.examples(lexicons.valid, lexicons.letters, lexicons.phones)
@@ -225,13 +226,14 @@ def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str,
 def run(config: PronounceConfig) -> None:
     """The whole job: data, training, evaluation, report."""
     with together(config) as peers:
-        lexicons = load_lexicons(config)
         folder = RunFolder(config.run)
         config = dataclasses.replace(config, model=decide_compute_dtype(config.model, folder))
+        make_model(config.model, config.functions)  # so that what does not fit is told at once
+        lexicons = load_lexicons(config)
         config = resolve(config, lexicons, folder)
         layout = Layout(config.mesh, config.model, config.rows, config.accumulation)
         examples, fingerprint = prepare(config, lexicons)
-        as_json = plain(config) | {"data_sha256": fingerprint}
+        as_json = plain(config) | identity_of(config.functions) | {"data_sha256": fingerprint}
         vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
         identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
         identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
@@ -264,7 +266,7 @@ def lead(
         if done:
             folder.set_aside(done.get("steps", 0))
         sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]
-        print(*sizes, f"{config.model.parameter_count():,} parameters", sep=", ", flush=True)
+        print(*sizes, f"{parameter_count(config):,} parameters", sep=", ", flush=True)
         pronouncer, about = train()
         valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
         results = results_of(config, about, valid, test)

@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments.checkpoints.safetensors_io import export_params
 from experiments.cluster import ClusterConfig, start
+from experiments.functions import make_model
 from experiments.guard import Metrics
 from experiments.keeper import Batches
 from experiments.layout import Layout
@@ -27,7 +28,6 @@ from experiments.stopping import StopSignal
 from experiments.wire import PeerError
 from tfm.config import TransformerConfig
 from tfm.loss import SmoothedOver
-from tfm.model import Transformer
 from tfm.parallel.mesh import MeshConfig, fit_vocabulary
 from tfm.training import (
     cosine_schedule,
@@ -35,6 +35,7 @@ from tfm.training import (
     make_optimizer,
     make_train_step,
     paper_schedule,
+    param_shapes,
     skip_nonfinite,
     summed_loss,
 )
@@ -79,6 +80,9 @@ class TrainingConfig:
     """Micro-batches that a batch's rows are cut into, to save memory; divides rows."""
     model: TransformerConfig = TransformerConfig()
     """The Transformer. Its vocabulary sizes must be those of the data."""
+    functions: str | None = None
+    """FILE:NAME of a `tfm.Functions` (my.py:MINE), functions and modules in the place of the
+    model's. The file is run at each start, and must stay as it is: config.json has its SHA-256."""
     schedule: Literal["cosine", "paper"] = "cosine"
     """Learning rate after the warm-up: half a cosine to 0, or the paper's inverse square root."""
     learning_rate: float = 1.5e-3
@@ -159,8 +163,8 @@ def decide_compute_dtype(model: TransformerConfig, folder: RunFolder) -> Transfo
 MAY_DIFFER = {
     "mesh", *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
     "cluster", *(f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)),
-    "compilation_cache", "preset", "run", "steps", "save_every", "log_every", "evaluate_every",
-    "most_skipped", "keep_checkpoints", "patience",
+    "compilation_cache", "functions", "preset", "run", "steps", "save_every", "log_every",
+    "evaluate_every", "most_skipped", "keep_checkpoints", "patience",
 }  # fmt: skip
 """Fields that may change from one sitting to the next: they change no update, or (steps) extend."""
 
@@ -172,7 +176,7 @@ def make_valid_loss(
 
     The devices share the rows as they do in training, and all processes take part.
     """
-    model = Transformer(config.model)
+    model = make_model(config.model, config.functions)
     arrays = packed_rows(examples, config.source_length, config.target_length)
     missing = -len(arrays["source"]) % config.rows  # rows of padding, so that one shape serves all
     whole = {name: np.pad(rows, ((0, missing), (0, 0))) for name, rows in arrays.items()}
@@ -245,7 +249,7 @@ def train_model(
 
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.
     """
-    model = Transformer(config.model)
+    model = make_model(config.model, config.functions)
     learning_rate = config.make_learning_rate()
     optimizer = make_optimizer(learning_rate, config.clip)
     train_step = make_train_step(
@@ -274,7 +278,16 @@ def train_model(
             on_host=layout.on_host, peers=peers,
         )  # fmt: skip
         params = layout.on_one_device(trained.params)
-    return params, {"parameters": config.model.parameter_count()} | layout.facts(trained) | facts
+    return params, {"parameters": parameter_count(config)} | layout.facts(trained) | facts
+
+
+def parameter_count(config: TrainingConfig) -> int:
+    """The number of the model's parameters, without rows that only a mesh needs."""
+    model = dataclasses.replace(config.model, vocab_multiple=1)
+    if config.functions is None:
+        return model.parameter_count()
+    shapes = param_shapes(model, make_model(model, config.functions).functions)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def write_params(

@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.checkpoints.checkpoint import Checkpoints, state_sha256
 from experiments.errors import UserError
+from experiments.functions import identity_of, make_model
 from experiments.keeper import check_newest, without_moments, write_final
 from experiments.layout import Layout, divisible
 from experiments.peers import Peers
@@ -22,6 +23,7 @@ from experiments.tasks.training import (
     check_together,
     decide_compute_dtype,
     make_valid_loss,
+    parameter_count,
     together,
     train_model,
     write_params,
@@ -36,7 +38,6 @@ from experiments.translation.subwords import Subwords, train_subwords
 from experiments.translation.text import CorpusError
 from experiments.translation.translator import Settings, Translator, load
 from tfm.averaging import average
-from tfm.model import Transformer
 from tfm.parallel.mesh import fit_vocabulary
 
 
@@ -165,7 +166,7 @@ def learn(
     )  # fmt: skip
     batches = stored_batches(prepared.store, plan, rows=config.rows, own=layout.own_rows)
     settings = Settings(**prepared.identity["settings"])
-    model = Transformer(config.model)
+    model = make_model(config.model, config.functions)
     untrained = Translator(model, {}, prepared.source, prepared.target, settings)
     bos = prepared.target.bos
     valid_loss = make_valid_loss(config, valid_examples(prepared, texts), bos, layout)
@@ -279,14 +280,18 @@ def run(config: TranslateConfig) -> None:
     """The whole job: text, vocabulary, training, translation of the test, report."""
     with together(config) as peers:
         texts = read(config)
-        start = None if config.from_run is None else load(config.from_run)
+        start = None
+        if config.from_run is not None:
+            start = load(config.from_run, functions=config.functions)
         if start is not None:
             config = begun_from(config, start)
         model = decide_compute_dtype(config.model, RunFolder(config.run))
         config = dataclasses.replace(config, model=model)
+        make_model(model, config.functions)  # so that what does not fit is told at once
         model = divisible(model, config.mesh)
         layout = Layout(config.mesh, model, config.rows, config.accumulation)
         as_json = plain(config) | {"task": "translate", "corpora": texts.sha256}
+        as_json |= identity_of(config.functions)
         if start is not None:
             as_json["start_sha256"] = state_sha256(without_moments(start.params, 1), None)
         check_together(peers, as_json)
@@ -323,7 +328,7 @@ def lead(
         print(
             f"{len(prepared.store):,} training pairs, {len(texts.valid):,} validation, "
             f"{len(texts.test):,} test, {prepared.target.size:,} pieces, "
-            f"{prepared.config.model.parameter_count():,} parameters", flush=True,
+            f"{parameter_count(prepared.config):,} parameters", flush=True,
         )  # fmt: skip
         peers.from_first(True)
         translator, about = learn(prepared, texts, start, folder, layout, peers)

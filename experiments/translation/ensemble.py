@@ -37,7 +37,12 @@ def ensemble(members: Sequence[tuple[str, Translator]], mean: Mean = "log_linear
     return dataclasses.replace(first, settings=settings, others=tuple(everyone[1:]), mean=mean)
 
 
-def load_together(runs: Sequence[Path], int8: bool = False, mean: Mean | None = None) -> Translator:
+def load_together(
+    runs: Sequence[Path],
+    int8: bool = False,
+    mean: Mean | None = None,
+    functions: str | None = None,
+) -> Translator:
     """The models of one or several run folders as one; raises as `load` and `ensemble`."""
-    members = [(str(run), load(run, int8)) for run in runs]
+    members = [(str(run), load(run, int8, functions)) for run in runs]
     return ensemble(members, mean or "log_linear") if len(members) > 1 else members[0][1]

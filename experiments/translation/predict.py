@@ -159,7 +159,8 @@ def run(config: PredictConfig) -> None:
     prefixes that is not as long as the input.
     """
     with contextlib.nullcontext() if config.prefix is None else Prefixes(config.prefix) as prefixes:
-        translator = load_together([config.run, *config.ensemble], config.int8, config.mean)
+        runs = [config.run, *config.ensemble]
+        translator = load_together(runs, config.int8, config.mean, config.functions)
         prediction = Prediction(translator, config, prefixes)
         serve("translating", prediction, lines_of(sys.stdin.buffer, LONGEST))
         if prefixes:

@@ -28,6 +28,8 @@ class ScoreConfig:
     log_linear."""
     int8: bool = False
     """Multiply by matrices in 8 bits (`tfm.quantize`)."""
+    functions: str | None = None
+    """FILE:NAME of the `tfm.Functions` that the run was trained with (my.py:MINE)."""
     per_token: bool = False
     """Two more columns: the pieces of the target, and the log-probability of each."""
 
@@ -77,5 +79,7 @@ class Scoring:
 
 def run(config: ScoreConfig) -> None:
     """Standard input to standard output. Raises UserError for runs that cannot be loaded."""
-    translator = load_together([config.run, *config.ensemble], config.int8, config.mean)
+    translator = load_together(
+        [config.run, *config.ensemble], config.int8, config.mean, config.functions
+    )
     serve("scoring", Scoring(translator, config), lines_of(sys.stdin.buffer, LONGEST))

@@ -290,9 +290,10 @@ def _identity(translator: Translator) -> dict[str, Any]:
     }
 
 
-def load(run: str | Path, int8: bool = False) -> Translator:
+def load(run: str | Path, int8: bool = False, functions: str | None = None) -> Translator:
     """The newest model of a run folder, as its checkpoint describes it; with `int8` its matrices
-    in 8 bits. A damaged checkpoint is named on standard error, and the one before it taken.
+    in 8 bits. `functions`: the FILE:NAME of those that it was trained with. A damaged checkpoint
+    is named on standard error, and the one before it taken.
 
     Raises:
       RunFolderError: names what is missing or does not fit: no such run, or one of another task;
@@ -304,7 +305,7 @@ def load(run: str | Path, int8: bool = False) -> Translator:
     task = (folder.read("config.json") or {}).get("task")
     if task != "translate":
         raise RunFolderError(f"{run}: not the folder of a translation run")
-    identity, model, params = newest_model(folder)
+    identity, model, params = newest_model(folder, functions)
     vocabularies = {
         side: Subwords.load(folder.path / "vocabulary", side) for side in ("source", "target")
     }

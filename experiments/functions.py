@@ -1,0 +1,112 @@
+"""--functions FILE:NAME: a user's own functions and modules in the place of the model's."""
+
+import functools
+import hashlib
+import traceback
+import types
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.errors import UserError
+from tfm.config import TransformerConfig
+from tfm.functions import Functions
+from tfm.model import Transformer
+from tfm.training import param_shapes
+
+
+class FunctionsError(UserError):
+    """Why a file's functions cannot stand in the place of the model's."""
+
+
+class Loaded(NamedTuple):
+    """What a file gave, and what it is known by."""
+
+    functions: Functions
+    name: str
+    sha256: str
+
+
+@functools.cache  # so that all of a run has the same objects, whatever becomes of the file
+def load_functions(given: str) -> Loaded:
+    """The `tfm.Functions` that FILE:NAME names. The file is run as a module of its own.
+
+    Raises FunctionsError: no such file or name, another kind of object, or an error in the file,
+      with its line.
+    """
+    file, colon, name = given.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise FunctionsError(f"--functions {given}: write FILE:NAME, as my.py:MINE")
+    path = Path(file)
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise FunctionsError(f"{path}: {error.strerror or error}") from None
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    with _told_by_line(path):
+        exec(compile(source, str(path), "exec"), vars(module))
+    there = [n for n, value in vars(module).items() if isinstance(value, Functions)]
+    if name not in there:
+        has = ", ".join(there) or "none"
+        raise FunctionsError(f"{path}: no tfm.Functions is named {name}; there is {has}")
+    return Loaded(getattr(module, name), name, hashlib.sha256(source).hexdigest())
+
+
+class _told_by_line:  # noqa: N801 (a context manager)
+    """Turns an error in the user's file into one line that names it and the line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Exception):
+            return
+        at = error.lineno if isinstance(error, SyntaxError) else None
+        for frame in traceback.extract_tb(trace):
+            at = frame.lineno if frame.filename == str(self._path) else at
+        where = self._path if at is None else f"{self._path}, line {at}"
+        message = str(error).split("\n")[0]
+        raise FunctionsError(f"{where}: {type(error).__name__}: {message}") from None
+
+
+def make_model(config: TransformerConfig, functions: str | None) -> Transformer:
+    """The model of a config, with the functions of FILE:NAME.
+
+    Raises FunctionsError as `load_functions`, or where they do not fit the model, with the layer.
+    """
+    if functions is None:
+        return Transformer(config)
+    loaded = load_functions(functions)
+    with _told_by_line(Path(functions.rpartition(":")[0])):
+        param_shapes(config, loaded.functions)
+    return Transformer(config, loaded.functions)
+
+
+def identity_of(functions: str | None) -> dict[str, Any]:
+    """What config.json says of FILE:NAME: the name, and the SHA-256 of the file."""
+    if functions is None:
+        return {}
+    loaded = load_functions(functions)
+    return {"functions_of": {"name": loaded.name, "sha256": loaded.sha256}}
+
+
+def check_recorded(place: Path, recorded: dict[str, Any] | None, functions: str | None) -> None:
+    """Raises FunctionsError where a saved model was trained with other functions than FILE:NAME."""
+    given = identity_of(functions).get("functions_of")
+    if recorded == given:
+        return
+    if given is None and recorded is not None:
+        raise FunctionsError(
+            f"{place}: its model is made of {recorded['name']} of a file with the SHA-256 "
+            f"{recorded['sha256']}: give it with --functions FILE:{recorded['name']}"
+        )
+    if recorded is None:
+        raise FunctionsError(f"{place}: its model was trained without --functions {functions}")
+    differing = [f"{k}: {recorded[k]} -> {given[k]}" for k in given if given[k] != recorded[k]]
+    raise FunctionsError(
+        f"{place}: its model was trained with other functions than {functions} "
+        f"({'; '.join(differing)})"
+    )
