@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+CHANGING = (ROOT / "docs" / "changing.md").read_text(encoding="utf-8")
 FUNCTIONS = [block for block in BLOCKS if "runs/" not in block]
 
 
@@ -16,10 +17,16 @@ def test_python_blocks_run(block):
     exec(compile(block, "README.md", "exec"), {})
 
 
+def test_the_page_on_changes_runs_from_top_to_bottom():
+    blocks = re.findall(r"```python\n(.*?)```", CHANGING, flags=re.S)
+    assert len(blocks) > 5
+    exec(compile("\n".join(blocks), "changing.md", "exec"), {})
+
+
 def test_every_function_of_the_table_exists():
     import tfm
 
-    names = re.findall(r"`tfm\.(\w+)", README)
+    names = re.findall(r"`tfm\.(\w+)", README + CHANGING)
     assert len(names) > 11
     assert not [name for name in names if not hasattr(tfm, name)]
 
@@ -48,7 +55,8 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     from experiments.translation.score import ScoreConfig
     from experiments.variants import VariantsConfig
 
-    pages = [ROOT / "docs" / name for name in ("translation.md", "scaling.md", "performance.md")]
+    names = ("translation.md", "scaling.md", "performance.md", "changing.md")
+    pages = [ROOT / "docs" / name for name in names]
     text = "\n".join([README, *(page.read_text(encoding="utf-8") for page in pages)])
     lines = re.findall(r"python -m experiments\.run(.*)", text.replace("\\\n", ""))
     assert len(lines) > 4
