@@ -17,11 +17,11 @@ from tfm.dropout import dropout, site_key
 from tfm.embedding import embed, output_logits
 from tfm.functions import Functions, call, own_module
 from tfm.kernels.quantization import Quantized
-from tfm.layers import INITIALIZERS, LayerNorm
 from tfm.masks import causal_mask, padding_mask, segment_mask
 from tfm.parallel.sharding import constrain, gather_for_compute
 from tfm.shapes import as_ids, assert_broadcasts, assert_fits, assert_ids, nan_unless, with_axes
 from tfm.stack import LAYERS, REMAT_LAYERS, apply_stack
+from tfm.sublayers import INITIALIZERS, LayerNorm
 
 HeadMasks = dict[str, Array]
 """What each head's output is multiplied by: 'encoder', 'decoder', 'cross' -> [N, H]; optional."""

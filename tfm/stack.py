@@ -10,7 +10,8 @@ from jax import Array
 
 from tfm.compilation import compiled
 from tfm.functions import Functions
-from tfm.layers import DecoderLayer, EncoderLayer, Flag
+from tfm.layers import DecoderLayer, EncoderLayer
+from tfm.sublayers import Flag
 
 LAYERS = EncoderLayer, DecoderLayer
 REMAT_LAYERS = nn.remat(EncoderLayer), nn.remat(DecoderLayer)

@@ -11,8 +11,8 @@ import references
 from checks import assert_close, assert_refuses, relative_error
 from jax.flatten_util import ravel_pytree
 
-import tfm.layers
 import tfm.model
+import tfm.sublayers
 from tfm import Transformer, TransformerConfig, multi_head_attention, shift_right
 from tfm.training import param_shapes
 
@@ -59,7 +59,7 @@ def random_parameters(config, seed=0):
     )
 
 
-DROPPING = [sys.modules[f"tfm.{name}"] for name in ("feed_forward", "layers", "model")]
+DROPPING = [sys.modules[f"tfm.{name}"] for name in ("feed_forward", "layers", "model", "sublayers")]
 
 
 def identity(x):
@@ -210,7 +210,7 @@ def test_dropout_depends_on_the_key_alone():
 
 @pytest.mark.parametrize("options", [{}, {"projection_bias": True}])
 def test_attention_module_equals_the_function(rng, options):
-    module = tfm.layers.MultiHeadAttention(replace(PAPER, **options))
+    module = tfm.sublayers.MultiHeadAttention(replace(PAPER, **options))
     x, y = rng.standard_normal((3, 4, 8)), rng.standard_normal((3, 6, 8))
     mask = jnp.asarray(rng.random((3, 1, 4, 6)) < 0.7)
 
@@ -287,7 +287,7 @@ def test_initialisers_have_their_names_variances():
     d, f = 64, 192
     variances = {"xavier_uniform": 2 / (d + f), "lecun_normal": 1 / d, "he_normal": 2 / d}
     for name, variance in variances.items():
-        w1 = tfm.layers.INITIALIZERS[name](jax.random.key(0), (d, f))
+        w1 = tfm.sublayers.INITIALIZERS[name](jax.random.key(0), (d, f))
         assert np.var(w1) == pytest.approx(variance, rel=0.1)
 
 
