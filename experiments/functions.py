@@ -1,9 +1,11 @@
 """--functions FILE:NAME: a user's own functions and modules in the place of the model's."""
 
+import contextlib
 import functools
 import hashlib
 import traceback
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,22 +54,16 @@ def load_functions(given: str) -> Loaded:
     return Loaded(getattr(module, name), name, hashlib.sha256(source).hexdigest())
 
 
-class _told_by_line:  # noqa: N801 (a context manager)
+@contextlib.contextmanager
+def _told_by_line(path: Path) -> Iterator[None]:
     """Turns an error in the user's file into one line that names it and the line."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Exception):
-            return
-        at = error.lineno if isinstance(error, SyntaxError) else None
-        for frame in traceback.extract_tb(trace):
-            at = frame.lineno if frame.filename == str(self._path) else at
-        where = self._path if at is None else f"{self._path}, line {at}"
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        at = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+        where = path if at is None else f"{path}, line {at}"
         message = str(error).split("\n")[0]
         raise FunctionsError(f"{where}: {type(error).__name__}: {message}") from None
 

@@ -17,6 +17,8 @@ from experiments.tasks.pronounce import PronounceConfig, run
 from tfm.config import TransformerConfig
 
 FILE = """
+from __future__ import annotations
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
