@@ -66,6 +66,9 @@ def compiled_once(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name.upper(), str(value))
+        # On some processors XLA says of each program that it reads that the machine may be another,
+        # in 1.8 kB: a process whose pipe nobody empties then waits for ever.
+        patch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
         _configure(settings)
         yield
     _configure(before)
