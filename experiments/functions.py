@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.differences import differences
 from experiments.errors import UserError
 from tfm.config import TransformerConfig
 from tfm.functions import Functions
@@ -92,17 +93,13 @@ def identity_of(functions: str | None) -> dict[str, Any]:
 def check_recorded(place: Path, recorded: dict[str, Any] | None, functions: str | None) -> None:
     """Raises FunctionsError where a saved model was trained with other functions than FILE:NAME."""
     given = identity_of(functions).get("functions_of")
-    if recorded == given:
-        return
-    if given is None and recorded is not None:
+    if recorded is not None and given is None:
         raise FunctionsError(
             f"{place}: its model is made of {recorded['name']} of a file with the SHA-256 "
             f"{recorded['sha256']}: give it with --functions FILE:{recorded['name']}"
         )
-    if recorded is None:
-        raise FunctionsError(f"{place}: its model was trained without --functions {functions}")
-    differing = [f"{k}: {recorded[k]} -> {given[k]}" for k in given if given[k] != recorded[k]]
-    raise FunctionsError(
-        f"{place}: its model was trained with other functions than {functions} "
-        f"({'; '.join(differing)})"
-    )
+    if differing := differences(recorded or {}, given or {}):
+        raise FunctionsError(
+            f"{place}: its model was not trained with --functions {functions} "
+            f"({'; '.join(differing)})"
+        )

@@ -68,7 +68,7 @@ def activations(
     Args:
       params: the model's parameters.
       source, target, options: as `Transformer.__call__` takes them.
-      names: of `activation_names(model.config)`, or patterns of them (`decoder_*/logits`).
+      names: of `activation_names(model.config)`, or patterns of them (`decoder_*/feed_forward`).
       patch: name or pattern -> a function of what is computed there; what it returns goes on in its
         place, and is what is seen.
 

@@ -95,9 +95,8 @@ def call(
     takes = inspect.signature(given if module is None else type(module).__call__)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.parameters.values())
     kwargs = {k: x for k, x in offered.items() if k in takes.parameters} | dict(options or {})
-    # "auto" is the default, which what stands behind a ** need not know.
-    through = {k for k, x in (how or {}).items() if takes_all and x != "auto"}
-    kwargs |= {k: x for k, x in (how or {}).items() if k in through or k in takes.parameters}
+    apart = {k: x for k, x in (how or {}).items() if x != "auto"}  # which is the default of all
+    kwargs |= {k: x for k, x in apart.items() if takes_all or k in takes.parameters}
     if given is getattr(Functions, name):
         return given(*arguments, **kwargs)
     where = f"{'/'.join(owner.path) or 'the model'}: Functions.{name}={_named(given)}"

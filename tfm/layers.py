@@ -29,10 +29,7 @@ class Layer(nn.Module):
         return norm(x) if self.config.norm_placement == "pre" else x
 
     def after_attention(self, x: Array) -> Array:
-        """The residual stream [..., L, D], as it is; likewise the next two."""
-        return x
-
-    def after_cross_attention(self, x: Array) -> Array:
+        """The residual stream [..., L, D], as it is, for `tfm.activations`; likewise the others."""
         return x
 
     def after_feed_forward(self, x: Array) -> Array:
@@ -86,6 +83,9 @@ class DecoderLayer(Layer):
         self.cross_attention_norm = LayerNorm(self.config, self.functions)
         self.feed_forward = FeedForward(self.config, self.functions)
         self.feed_forward_norm = LayerNorm(self.config, self.functions)
+
+    def after_cross_attention(self, x: Array) -> Array:
+        return x
 
     def memory(self, encoded: Array) -> LayerCache:
         """The cross-attention's keys and values of the encoder's output."""

@@ -279,19 +279,18 @@ def _withdrawn_unless_begun(folder: RunFolder) -> Iterator[None]:
 def run(config: TranslateConfig) -> None:
     """The whole job: text, vocabulary, training, translation of the test, report."""
     with together(config) as peers:
+        functions_of = identity_of(config.functions)  # a wrong file before the text is read
         texts = read(config)
         start = None
         if config.from_run is not None:
             start = load(config.from_run, functions=config.functions)
-        if start is not None:
             config = begun_from(config, start)
         model = decide_compute_dtype(config.model, RunFolder(config.run))
         config = dataclasses.replace(config, model=model)
         make_model(model, config.functions)  # so that what does not fit is told at once
         model = divisible(model, config.mesh)
         layout = Layout(config.mesh, model, config.rows, config.accumulation)
-        as_json = plain(config) | {"task": "translate", "corpora": texts.sha256}
-        as_json |= identity_of(config.functions)
+        as_json = plain(config) | {"task": "translate", "corpora": texts.sha256} | functions_of
         if start is not None:
             as_json["start_sha256"] = state_sha256(without_moments(start.params, 1), None)
         check_together(peers, as_json)

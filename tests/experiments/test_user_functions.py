@@ -98,7 +98,7 @@ def test_a_user_s_module_goes_through_the_whole_run(config, file, tmp_path, monk
     # Of a folder nothing is run: the file is given each time, and must be the same.
     with pytest.raises(FunctionsError, match=r"RMS of a file with the SHA-256.*--functions FILE:"):
         load(config.run)
-    with pytest.raises(FunctionsError, match="name: RMS -> OTHER"):
+    with pytest.raises(FunctionsError, match="name: 'RMS' -> 'OTHER'"):
         load(config.run, functions=f"{file}:OTHER")
     longer = replace(config, schedule="paper", steps=6)
     with pytest.raises(RunFolderError, match=r"functions_of.name: 'RMS' -> None"):

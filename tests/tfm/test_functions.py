@@ -72,6 +72,22 @@ def test_without_the_feed_forward_network_is_with_its_second_matrix_at_0(params)
     np.testing.assert_allclose(logits(params, tfm.Functions(feed_forward=nothing)), expected)
 
 
+def test_behind_two_stars_comes_what_the_config_sets_apart_alone(params):
+    """A function of before implementations had a name takes `compute_dtype` alone."""
+    told = []
+
+    def mine(query, key, mask, **options):
+        told.append(options)
+        return tfm.attention_weights(query, key, mask)
+
+    for implementation in ("auto", "formula"):
+        config = dataclasses.replace(CONFIG, implementation=implementation)
+        model = tfm.Transformer(config, tfm.Functions(attention_weights=mine))
+        jax.eval_shape(lambda p, m=model: m.apply({"params": p}, TOKENS, TOKENS), params)
+    assert told[0] == {"compute_dtype": "float32"}
+    assert told[-1] == {"compute_dtype": "float32", "implementation": "formula"}
+
+
 def test_a_replaced_function_is_used_in_decoding_too(params):
     def uniform(query, key, mask, **options):
         return tfm.attention_weights(0 * query, key, mask, **options)
