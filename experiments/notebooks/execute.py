@@ -12,7 +12,7 @@ from experiments.errors import UserError
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-NAMES = ("anatomy", "reading", "research_day")
+NAMES = ("anatomy", "reading", "patching", "derivatives", "research_day")
 SECONDS_A_CELL = 1800
 TINY = "tiny"
 _BACKEND = "module://matplotlib_inline.backend_inline"  # pictures into the notebook, come what may

@@ -3,39 +3,26 @@
 #
 # A model has learned to pronounce English: letters go in, sounds come out. Nobody told it which
 # letter makes which sound, nor in which order to go through a word. What has it found out, and
-# where does it keep it? We look at it in six ways: **watching** where every head looks, asking
-# what the cross-attention **aligns**, **cutting out** one head at a time, **moving** what one head
-# computes to another word, asking **when** the answer is there, and **probing** what a letter's
-# features know about its place in the word.
+# where does it keep it? We look at it in three ways: **watching** where every head looks, asking
+# what the cross-attention **aligns**, and **probing** what a letter's features know about its place
+# in the word. What happens when a part is taken out or changed is the next notebook's question.
 #
 # Set `TFM_RUN` to the folder of a finished run, such as `runs/pronounce`, to read that model.
 # Without it a small one is trained here first.
 
 # %%
-import dataclasses
-import functools
-import logging
 import os
-import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from IPython.utils.capture import capture_output
 
 import tfm
 from experiments import data
-from experiments.notebooks import plots
-from experiments.pronouncer import load
-from experiments.run_folder import RunFolder
-from experiments.tasks import pronounce
+from experiments.notebooks import plots, small
 from experiments.vocabulary import BOS, EOS, PAD
 
 plots.use_light_theme()
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that it only reads
-
-RUN = os.environ.get("TFM_RUN")
 TINY = os.environ.get("TFM_NOTEBOOK_SIZE") == "tiny"
 STEPS, LAYERS, WORDS = (20, 1, 128) if TINY else (1200, 2, 1024)
 
@@ -45,26 +32,8 @@ STEPS, LAYERS, WORDS = (20, 1, 128) if TINY else (1200, 2, 1024)
 # The small one: two encoder layers and one decoder layer of four heads, 64 features, trained by the
 # same code as every run of `python -m experiments.run`, for less than a minute.
 
-
 # %%
-def train_small():
-    config = dataclasses.replace(
-        pronounce.PRESETS["default"], steps=STEPS, log_every=STEPS, evaluate_every=STEPS,
-        save_every=STEPS, warmup_steps=STEPS // 10, learning_rate=3e-3,
-        model=tfm.TransformerConfig(
-            vocab_size=42, source_vocab_size=30, d_model=64, d_ff=256, num_heads=4,
-            num_encoder_layers=LAYERS, num_decoder_layers=1, dropout_rate=0.0,
-        ),
-    )  # fmt: skip
-    lexicons = pronounce.load_lexicons(config)
-    examples, fingerprint = pronounce.prepare(config, lexicons)
-    identity = {"data_sha256": fingerprint}
-    with tempfile.TemporaryDirectory() as folder:
-        return pronounce.fit(config, lexicons, examples, identity, RunFolder(Path(folder)))[0]
-
-
-with capture_output():  # progress is for who waits
-    pronouncer = load(RUN) if RUN else train_small()
+pronouncer = small.pronouncer(STEPS, LAYERS)
 model, params = pronouncer.model, pronouncer.params
 H, N = model.config.num_heads, model.config.num_encoder_layers
 print(f"{model.config.parameter_count():,} parameters, {N} + {model.config.num_decoder_layers} "
@@ -212,192 +181,6 @@ names = np.array(pronouncer.phones.symbols)[order]
 plots.heat(axes, table[order], rows=names, columns=pronouncer.letters.symbols, x="letter looked at",
            y="sound", title="Where the finger rests", legend="share of the attention")  # fmt: skip
 plots.show()
-
-# %% [markdown]
-# ## Cutting out heads
-#
-# Looking is not needing. A head mask multiplies one head's output by zero; what does the loss say?
-# Every head of the model is cut out in turn, in one program: `jax.lax.map` over the masks.
-
-# %%
-kinds = {"encoder": N, "decoder": len(cross), "cross": len(cross)}
-heads = [(kind, layer, head) for kind, layers in kinds.items()
-         for layer in range(layers) for head in range(H)]  # fmt: skip
-masks = {kind: np.ones((len(heads) + 1, layers, H), np.float32) for kind, layers in kinds.items()}
-for i, (kind, layer, head) in enumerate(heads):
-    masks[kind][i, layer, head] = 0  # the last mask stays all ones
-
-
-def loss(head_masks):
-    some = source[:256], tfm.shift_right(labels[:256], bos=BOS)
-    logits = model.apply({"params": params}, *some, head_masks=head_masks)
-    losses = tfm.label_smoothed_cross_entropy(logits, labels[:256], 0.0)
-    real = labels[:256] != PAD
-    return jnp.where(real, losses, 0).sum() / real.sum()
-
-
-*cut, whole = jax.jit(lambda masks: jax.lax.map(loss, masks))(masks)
-rise = np.array(cut).reshape(-1, H) - float(whole)
-print(f"loss with all heads: {float(whole):.3f} nats a sound")
-
-# %%
-(axes,) = plots.row(1, width=5.6, height=0.55 * len(rise) + 1)
-names_of_attention = [f"{kind} {layer + 1}" for kind, layers in kinds.items()
-                      for layer in range(layers)]  # fmt: skip
-columns = [str(h + 1) for h in range(H)]
-plots.heat(axes, np.maximum(rise, 0), rows=names_of_attention, columns=columns, x="head",
-           y="attention", title="The loss rises when this head is cut out",
-           legend="rise, nats a sound")  # fmt: skip
-for (line, head), value in np.ndenumerate(rise):
-    dark = value > 0.6 * rise.max()
-    axes.text(head, line, f"{value:+.3f}", ha="center", va="center", fontsize=9,
-              color="white" if dark else plots.INK)  # fmt: skip
-plots.show()
-
-# %%
-kind, layer, head = heads[int(np.argmax(cut))]
-print(f"needed most: {kind} layer {layer + 1}, head {head + 1}: {max(cut) - whole:+.3f}")
-kind, layer, head = heads[int(np.argmin(cut))]
-print(f"needed least: {kind} layer {layer + 1}, head {head + 1}: {min(cut) - whole:+.3f}")
-
-# %% [markdown]
-# ## Moving one head's output to another word
-#
-# Cutting out says that a head is needed, not what it carries. So take two words that differ in one
-# letter and one sound, *bat* and *cat*: let the model read the first, but put into its place what
-# **one head** computed for the second (*activation patching*). If the head carries the letter, the
-# model now wants to say the other sound. How far does it go of the whole way?
-#
-# $$\text{share} = \frac{\ln P_{\text{patched}}(\text{other sound}) - \ln P(\text{other sound})}
-# {\ln P_{\text{other word}}(\text{other sound}) - \ln P(\text{other sound})}$$
-
-# %%
-PAIRS = 32 if TINY else 384
-
-
-def twins(lexicon):
-    """Pairs of words of 4 to 8 letters that differ in one letter, and in one sound at `site`."""
-    waiting = {}
-    for word in sorted(w for w in lexicon if 4 <= len(w) <= 8):
-        for hole in range(len(word)):
-            waiting.setdefault((word[:hole], word[hole + 1 :]), []).append(word)
-    for one, *others in waiting.values():
-        for other in others[:1]:
-            sounds = lexicon[one][0], lexicon[other][0]
-            apart = [i for i, (a, b) in enumerate(zip(*sounds, strict=False)) if a != b]
-            if len(sounds[0]) == len(sounds[1]) < lengths["target"] and len(apart) == 1:
-                yield one, other, apart[0]
-
-
-every = {word: sounds for part in data.split_by_family(data.load_cmudict())[:2]
-         for word, sounds in part.items()}  # fmt: skip
-found_twins = list(twins(every))
-np.random.default_rng(0).shuffle(found_twins)
-chosen = found_twins[:PAIRS]
-site = np.array([int(s) for _, _, s in chosen])
-
-
-def read(words):
-    """Letters, and sounds so far: up to the sound at which the two part all is equal."""
-    ids = data.padded([pronouncer.encode(w) for w in words], lengths["source"], len(words))
-    own = [pronouncer.phones.encode(every[w][0]) for w in words]
-    own = data.padded(own, lengths["target"], len(words))
-    return ids, own
-
-
-(one, own), (other, sound) = (read([pair[k] for pair in chosen]) for k in (0, 1))
-so_far = tfm.shift_right(jnp.asarray(own), bos=BOS)
-print(len(found_twins), "pairs, such as", ", ".join(f"{a}/{b}" for a, b, _ in chosen[:6]))
-
-# %% [markdown]
-# `tfm.activations` returns what the model computes on its way, by layer and name; `patch` puts
-# something else in the place of it. The head is a traced number, so each attention compiles once.
-
-
-# %%
-def log_prob(logits):
-    """ln P of the other word's sound where the two part: [pairs]"""
-    log_probs = jax.nn.log_softmax(logits)[jnp.arange(len(site)), site]
-    return log_probs[jnp.arange(len(site)), jnp.asarray(sound)[jnp.arange(len(site)), site]]
-
-
-@jax.jit
-def look(source):
-    return tfm.activations(model, params, source, so_far, names=["*/head_outputs"])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def with_head_of(name, head, source, elsewhere):
-    patch = {name: lambda x: x.at[:, head].set(elsewhere[:, head])}
-    return log_prob(tfm.activations(model, params, source, so_far, names=[], patch=patch)[1])
-
-
-(_, logits), (of_other, logits_of_other) = look(one), look(other)
-unpatched = log_prob(logits)
-way = np.asarray(log_prob(logits_of_other) - unpatched)
-clear = way > 2  # where the model knows the difference: the share has a denominator
-moved = {}
-for kind, layers in kinds.items():
-    attention = {"encoder": "encoder_{}/attention", "decoder": "decoder_{}/self_attention",
-                 "cross": "decoder_{}/cross_attention"}[kind]  # fmt: skip
-    for layer in range(layers):
-        name = f"{attention.format(layer)}/head_outputs"
-        for head in range(H):
-            patched = with_head_of(name, head, one, of_other[name])
-            share = np.asarray(patched - unpatched) / way
-            moved[kind, layer, head] = float(np.mean(share[clear]))
-
-# %%
-table_of = np.array(list(moved.values())).reshape(-1, H)
-(axes,) = plots.row(1, width=5.6, height=0.55 * len(table_of) + 1)
-plots.heat(axes, table_of, rows=names_of_attention, columns=columns, x="head", y="attention",
-           title="How far one head moves the model to the other word's sound",
-           most=max(1.0, float(np.abs(table_of).max())), legend="share of the way")  # fmt: skip
-for (line, head), value in np.ndenumerate(table_of):
-    axes.text(head, line, f"{value:.0%}", ha="center", va="center", fontsize=9,
-              color="white" if abs(value) > 0.6 else plots.INK)  # fmt: skip
-plots.show()
-most = max(moved, key=moved.get)
-print(f"{clear.sum()} pairs that the model tells apart; the letter goes through {most[0]} layer "
-      f"{most[1] + 1}, head {most[2] + 1}: {moved[most]:.0%} of the way alone")  # fmt: skip
-
-# %% [markdown]
-# The decoder's own attention moves nothing: up to the sound where they part, the two answers are
-# equal, and so is all that it sees. The encoder's heads move little where the letter itself goes
-# past them along the residual stream.
-#
-# ## When is the answer there?
-#
-# The residual stream goes through the decoder from sub-layer to sub-layer, and at its end the table
-# of sounds makes logits of it. What if we ask earlier? The *logit lens* makes logits of the stream
-# behind each sub-layer, while the right sounds so far are given.
-
-# %%
-sublayers = {"attention": "self", "cross_attention": "cross", "feed_forward": "feed-forward"}
-stops = {"target_embedded": "embedding"} | {
-    f"decoder_{layer}/after_{part}": f"{name} {layer + 1}"
-    for layer in range(len(cross)) for part, name in sublayers.items()
-}  # fmt: skip
-
-
-@jax.jit
-def lens(source, labels):
-    target = tfm.shift_right(labels, bos=BOS)
-    seen, _ = tfm.activations(model, params, source, target, names=list(stops))
-    guesses = [model.apply({"params": params}, seen[s], method="logits").argmax(-1) for s in stops]
-    return [((guess == labels) & is_sound).sum() / is_sound.sum() for guess in guesses]
-
-
-shares_right = [float(share) for share in lens(source, labels)]
-(axes,) = plots.row(1, width=6.4, height=3.2)
-axes.plot(range(len(stops)), shares_right, "-o", color=plots.BLUE)
-axes.set_xticks(range(len(stops)), stops.values())
-commonest = np.bincount(labels[is_sound]).max() / is_sound.sum()
-plots.level(axes, commonest, "the commonest sound")
-axes.set(xlabel="the stream behind", ylabel="sounds named rightly", ylim=(0, 1.02),
-         title="What the stream would answer, behind each sub-layer")  # fmt: skip
-plots.show()
-print("  ".join(f"{n} {share:.0%}" for n, share in zip(stops.values(), shares_right, strict=True)))
 
 # %% [markdown]
 # ## Probing for places

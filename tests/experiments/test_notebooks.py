@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "notebooks"
-NAMES = ("anatomy", "reading", "research_day")
+NAMES = ("anatomy", "reading", "patching", "derivatives", "research_day")
 each = pytest.mark.parametrize("name", NAMES)
 
 
