@@ -19,10 +19,3 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     return 2 if isinstance(error, told_in_one_line()) else 1
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether the same command may succeed later: a device or the network failed, not the run."""
-    from jax.errors import JaxRuntimeError
-
-    return isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
+from experiments.distributed.processes import Processes
 from experiments.functions import check_recorded, make_model
 from experiments.guard import Guard, Meter
-from experiments.peers import Peers
 from experiments.run_folder import RunFolder, RunFolderError, changes
 from tfm.config import TransformerConfig, current_fields
 from tfm.model import Transformer
@@ -129,11 +129,11 @@ class Keeper:
         batches: Batches,
         identity: dict[str, Any],
         keep: int,
-        peers: Peers = Peers(),  # noqa: B008 (alone it has no state)
+        processes: Processes = Processes(),  # noqa: B008 (alone it has no state)
     ) -> None:
         self._newest = Checkpoints(folder.checkpoints, keep, together=True)
         self._best = Checkpoints(folder.best, keep=1, together=True)
-        self._peers = peers
+        self._processes = processes
         self._batches, self._identity, self._lowest = batches, identity, math.inf
         self._stack = contextlib.ExitStack()
 
@@ -192,20 +192,20 @@ class Keeper:
         Raises CheckpointError in all where all of it is damaged.
         """
         found: list[Any] = [None, [], None]
-        if self._peers.is_first:
+        if self._processes.is_first:
             try:
                 found = [*checkpoints.newest(), None]
             except CheckpointError as error:
                 found[2] = str(error)
-        step, lines, error = self._peers.from_first(found)
+        step, lines, error = self._processes.from_first(found)
         if error is not None:
             raise CheckpointError(error)
         return step, lines
 
     def _set_aside_best(self, after: int, why: str) -> None:
-        if self._peers.is_first:
+        if self._processes.is_first:
             self._best.set_aside(after, why)
-        self._peers.meet("the best checkpoint")
+        self._processes.from_first()
 
     def _notes(self, guard: Guard, meter: Meter) -> dict[str, Any]:
         return {

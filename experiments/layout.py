@@ -1,12 +1,10 @@
 """Where a training's arrays lie: its mesh of devices, and this process's share of each batch."""
 
-import contextlib
 import dataclasses
 import functools
 import math
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import chex
@@ -121,15 +119,11 @@ class Layout:
         self,
         train_step: Callable[[TrainState, Batch], tuple[TrainState, dict]],
         state: TrainState,
-        compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-        """The step over the mesh, jitted; it takes this process's own rows of the batch.
-
-        The first call, which compiles, is made inside `compiling()`.
-        """
+        """The step over the mesh, jitted; it takes this process's own rows of the batch."""
         shardings = state_shardings(self.mesh, state), self._everywhere
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
-        return self._of_own_rows(jitted, compiling)
+        return self._of_own_rows(jitted)
 
     def evaluation(
         self, function: Callable[[chex.ArrayTree, Batch], chex.ArrayTree]
@@ -139,15 +133,11 @@ class Layout:
         return self._of_own_rows(jax.jit(function, out_shardings=self._everywhere))
 
     def _of_own_rows(
-        self,
-        jitted: Callable[[chex.ArrayTree, Batch], Any],
-        compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        self, jitted: Callable[[chex.ArrayTree, Batch], Any]
     ) -> Callable[[chex.ArrayTree, Batch], Any]:
-        around = iter([compiling()])
-
         def call(tree: chex.ArrayTree, batch: Batch) -> Any:
             shared = {name: self._share(rows) for name, rows in batch.items()}
-            with jax.set_mesh(self.mesh), next(around, contextlib.nullcontext()):
+            with jax.set_mesh(self.mesh):
                 return jitted(tree, shared)
 
         return call

@@ -7,17 +7,13 @@ from typing import Any, NamedTuple, NoReturn
 
 from experiments.checkpoints.checkpoint import state_sha256
 from experiments.display import Display
+from experiments.distributed.processes import Processes
 from experiments.errors import UserError
 from experiments.guard import Guard, Meter, Metrics
 from experiments.keeper import Batches, Keeper
-from experiments.peers import Peers
 from experiments.run_folder import MetricsLog, RunFolder
-from experiments.stopping import StopSignal
+from experiments.stopping import Stopped, StopSignal
 from tfm.training import TrainState
-
-
-class Stopped(SystemExit):
-    """All processes have agreed to stop, and have saved."""
 
 
 class DivergedError(UserError):
@@ -69,7 +65,7 @@ class _Record:
 
     folder: RunFolder
     keeper: Keeper
-    peers: Peers
+    processes: Processes
     guard: Guard
     meter: Meter
     log: MetricsLog | None
@@ -91,7 +87,6 @@ class _Record:
             state, metrics = train_step(state, next(batches))
             self.guard.add(metrics)
             step = self.guard.reached
-            self.peers.tick(step)
             stopping = asked_to_stop()  # once a step: a later signal can wait
             self.display.advance(step)
             due = schedule.due(step)
@@ -99,9 +94,13 @@ class _Record:
             self.skips(0 if due or stopping else 1, schedule.most_skipped)
             if self.guard.step != step:
                 due = set()  # a step was skipped, so this is not yet the one
+            if due or stopping:  # evaluating and saving may take long
+                self.processes.unwatch()
             stalled = self.settle(state, due, schedule, at_once=bool(stopping))
             if stopping:
                 self.leave(stopping)
+            self.processes.watch()  # after the first step, which compiles
+        self.processes.unwatch()
         if stalled:
             told = f"evaluations without a lower validation loss: {schedule.patience}"
             self.display.say(f"stopped early at step {self.guard.step}; {told}")
@@ -152,7 +151,7 @@ class _Record:
         """Whether the patience is used up, by the log of process 0."""
         if schedule.patience is None:
             return False
-        return self.peers.from_first(self.log and schedule.stalls(self.folder))
+        return self.processes.from_first(self.log and schedule.stalls(self.folder))
 
     def leave(self, signal: int) -> NoReturn:
         """Ends the process once all is saved."""
@@ -175,7 +174,7 @@ def train(
     stop: StopSignal,
     agree: Callable[[int | None], int | None] = lambda signal: signal,
     on_host: Callable[[TrainState], TrainState] = lambda state: state,
-    peers: Peers = Peers(),  # noqa: B008 (alone it has no state)
+    processes: Processes = Processes(),  # noqa: B008 (alone it has no state)
 ) -> Outcome:
     """Trains to `schedule.steps`, from the newest sound checkpoint where there is one.
 
@@ -186,32 +185,33 @@ def train(
       stop: once it has received a signal, the step is finished and saved, and SystemExit raised.
       agree: makes of the signal of each process one for all, at the same step.
       on_host: the state whole, where this process can read it.
-      peers: the processes that train together. The first logs and speaks, all save.
+      processes: those that train together. The first logs and speaks, all save.
 
     Raises:
       RunFolderError: the checkpoint belongs to another run.
       CheckpointError: all that was saved is damaged, or a save failed.
       DivergedError: too many steps in a row without a finite loss and gradient.
     """
-    with Keeper(folder, batches, identity, schedule.keep, peers) as keeper:
+    with Keeper(folder, batches, identity, schedule.keep, processes) as keeper:
         state, notes = keeper.resume(state, stop.say)
         done = int(state.step)
-        resumed_from = peers.from_first(folder.note_sitting(done) if peers.is_first else None)
+        resumed_from = processes.from_first(
+            folder.note_sitting(done) if processes.is_first else None
+        )
         folder.check_shared()
         guard, meter = Guard(done, notes["batches"], notes["in_a_row"]), Meter(notes["seconds"])
-        log = MetricsLog(folder, done + 1, guard.drawn) if peers.is_first else None
+        log = MetricsLog(folder, done + 1, guard.drawn) if processes.is_first else None
         with (
             log or contextlib.nullcontext(),
-            Display(schedule.steps, done, silent=not peers.is_first) as display,
-            peers.watching(),
+            Display(schedule.steps, done, silent=not processes.is_first) as display,
         ):
-            if peers.is_first:  # else it speaks for itself
+            if processes.is_first:  # else it speaks for itself
                 stop.say = display.say
             if done:
                 display.say(f"resuming {folder.path} at step {done}")
 
             record = _Record(
-                folder, keeper, peers, guard, meter, log, display, learning_rate, evaluate
+                folder, keeper, processes, guard, meter, log, display, learning_rate, evaluate
             )
             state = record.steps(train_step, state, batches, schedule, lambda: agree(stop.received))
     facts = {

@@ -39,7 +39,7 @@ def usage() -> str:
 
 def _plain_cluster_flags(arguments: list[str]) -> list[str]:
     """`--coordinator` for `--cluster.coordinator`, and so on."""
-    names = "coordinator|process-id|num-processes|connect-timeout|stall-timeout"
+    names = "coordinator|process-id|num-processes|connect-timeout|heartbeat-timeout|stall-timeout"
     return [re.sub(rf"^--({names})(?==|$)", r"--cluster.\1", a) for a in arguments]
 
 

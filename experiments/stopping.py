@@ -11,6 +11,10 @@ from collections.abc import Callable
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Stopped(SystemExit):
+    """All processes have agreed to stop, and have saved."""
+
+
 class StopSignal:
     """Remembers the first signal, so that a loop can finish its step and save.
 

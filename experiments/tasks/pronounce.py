@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from experiments import data, metrics
 from experiments.data import DataError, Lexicon
+from experiments.distributed.processes import Processes
 from experiments.functions import identity_of, make_model
 from experiments.keeper import check_newest
 from experiments.layout import Layout, divisible
 from experiments.packing import packed_batches
-from experiments.peers import Peers
 from experiments.pronouncer import Pronouncer
 from experiments.run_folder import RunFolder, plain, write_json
 from experiments.tasks.pronounce_report import report
@@ -167,11 +167,11 @@ def fit(
     identity: dict[str, Any],
     folder: RunFolder,
     layout: Layout | None = None,
-    peers: Peers = Peers(),  # noqa: B008 (alone it has no state)
+    processes: Processes = Processes(),  # noqa: B008 (alone it has no state)
 ) -> tuple[Pronouncer, dict[str, Any]]:
     """Trains (or goes on training); returns the pronouncer and what there is to say of the run.
 
-    layout, peers: None and alone: by the config's mesh, in this process.
+    layout, processes: None and alone: by the config's mesh, in this process.
 
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.
     """
@@ -187,7 +187,7 @@ def fit(
     valid = data.examples(lexicons.valid, lexicons.letters, lexicons.phones)
     params, facts = train_model(
         config, BOS, batches, make_valid_loss(config, valid, BOS, layout),
-        make_evaluate(lexicons, untrained), identity, folder, layout, peers,
+        make_evaluate(lexicons, untrained), identity, folder, layout, processes,
     )  # fmt: skip
     return dataclasses.replace(untrained, params=params), facts
 
@@ -225,7 +225,7 @@ def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str,
 
 def run(config: PronounceConfig) -> None:
     """The whole job: data, training, evaluation, report."""
-    with together(config) as peers:
+    with together(config) as processes:
         folder = RunFolder(config.run)
         config = dataclasses.replace(config, model=decide_compute_dtype(config.model, folder))
         make_model(config.model, config.functions)  # so that what does not fit is told at once
@@ -237,11 +237,11 @@ def run(config: PronounceConfig) -> None:
         vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
         identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
         identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
-        check_together(peers, as_json)
-        train = partial(fit, config, lexicons, examples, identity, folder, layout, peers)
-        if peers.is_first:
-            lead(config, lexicons, as_json, identity, peers, train)
-        elif peers.from_first():
+        check_together(processes, as_json)
+        train = partial(fit, config, lexicons, examples, identity, folder, layout, processes)
+        if processes.is_first:
+            lead(config, lexicons, as_json, identity, processes, train)
+        elif processes.from_first(slow=True):
             train()
 
 
@@ -250,7 +250,7 @@ def lead(
     lexicons: Lexicons,
     as_json: dict[str, Any],
     identity: dict[str, Any],
-    peers: Peers,
+    processes: Processes,
     train: Callable[[], tuple[Pronouncer, dict[str, Any]]],
 ) -> None:
     """What one process does for all: it holds the folder, speaks, and reports."""
@@ -258,7 +258,7 @@ def lead(
     check = partial(check_newest, folder, config.steps, identity)
     with folder.claim(as_json, MAY_DIFFER, check, rewrite=False):
         done = folder.read("results.json")
-        peers.from_first(not done or done.get("steps") != config.steps)
+        processes.from_first(not done or done.get("steps") != config.steps, slow=True)
         if done and done.get("steps") == config.steps:
             print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
             return

@@ -15,17 +15,16 @@ import jax
 import numpy as np
 
 from experiments.checkpoints.safetensors_io import export_params
-from experiments.cluster import ClusterConfig, start
+from experiments.distributed.cluster import ClusterConfig, start
+from experiments.distributed.processes import Processes
 from experiments.functions import make_model
 from experiments.guard import Metrics
 from experiments.keeper import Batches
 from experiments.layout import Layout
-from experiments.loop import Schedule, Stopped, train
+from experiments.loop import Schedule, train
 from experiments.packing import packed_rows
-from experiments.peers import Peers
 from experiments.run_folder import RunFolder, named, plain
 from experiments.stopping import StopSignal
-from experiments.wire import PeerError
 from tfm.config import TransformerConfig
 from tfm.loss import SmoothedOver
 from tfm.parallel.mesh import MeshConfig, fit_vocabulary
@@ -194,37 +193,26 @@ def make_valid_loss(
 
 
 @contextlib.contextmanager
-def together(config: TrainingConfig) -> Iterator[Peers]:
+def together(config: TrainingConfig) -> Iterator[Processes]:
     """The processes that train together; what ends one of them ends all."""
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
-    peers = start(config.cluster)
-    try:
-        if jax.process_count() != peers.count:
-            raise PeerError(
-                f"JAX knows of {jax.process_count()} processes, the flags and the environment of "
-                f"{peers.count}: give --coordinator, --process-id and --num-processes"
-            )
-        yield peers
-        peers.meet("the end")  # the first may translate and report for long
-    except Stopped:  # all of them have
-        raise
-    except BaseException as error:
-        peers.fail(error)
-        raise
-    finally:
-        peers.close()
+    processes = start(config.cluster, config.run)
+    with processes.ending_together():
+        yield processes
 
 
-def check_together(peers: Peers, config: dict[str, Any]) -> None:
-    """Raises PeerError where the processes would not train the same: the difference is named.
+def check_together(processes: Processes, config: dict[str, Any]) -> None:
+    """Raises ProcessError where the processes would not train the same: the difference is named.
 
     config: as JSON, all that decides what is done when, too.
     """
-    config = {k: v for k, v in config.items() if k not in ("cluster", "compilation_cache")}
+    told = {k: v for k, v in config.items() if k not in ("cluster", "compilation_cache")}
+    told["num_processes"] = config.get("cluster", {}).get("num_processes")
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    peers.meet("the run", config | {"versions": versions, "python": platform.python_version()})
+    told |= {"versions": versions, "python": platform.python_version()}
+    processes.check_equal("the run", told)
 
 
 def train_model(
@@ -236,7 +224,7 @@ def train_model(
     identity: dict[str, Any],
     folder: RunFolder,
     layout: Layout,
-    peers: Peers,
+    processes: Processes,
     initial: chex.ArrayTree | None = None,
 ) -> tuple[chex.ArrayTree, dict[str, Any]]:
     """Trains (or goes on training); returns the parameters and what there is to say of the run.
@@ -264,18 +252,18 @@ def train_model(
         if initial is not None:
             state = state.replace(params=initial)
         state = layout.place(state)
-        step = layout.step(skip_nonfinite(train_step), state, peers.unwatched)
+        step = layout.step(skip_nonfinite(train_step), state)
 
         def evaluate_all(params: chex.ArrayTree) -> Metrics:
-            with peers.unwatched():
-                loss = {"valid_loss": valid_loss(params)}
-                params = layout.on_one_device(params)
-                return peers.from_first(loss | evaluate(params) if peers.is_first else None)
+            loss = {"valid_loss": valid_loss(params)}
+            params = layout.on_one_device(params)
+            found = loss | evaluate(params) if processes.is_first else None
+            return processes.from_first(found, slow=True)
 
         trained, facts = train(
             step, state, batches, folder, config.when(), learning_rate=learning_rate,
             evaluate=evaluate_all, identity=identity, stop=stop, agree=layout.agreement(),
-            on_host=layout.on_host, peers=peers,
+            on_host=layout.on_host, processes=processes,
         )  # fmt: skip
         params = layout.on_one_device(trained.params)
     return params, {"parameters": parameter_count(config)} | layout.facts(trained) | facts

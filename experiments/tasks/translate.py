@@ -13,11 +13,11 @@ import chex
 import numpy as np
 
 from experiments.checkpoints.checkpoint import Checkpoints, state_sha256
+from experiments.distributed.processes import Processes
 from experiments.errors import UserError
 from experiments.functions import identity_of, make_model
 from experiments.keeper import check_newest, without_moments, write_final
 from experiments.layout import Layout, divisible
-from experiments.peers import Peers
 from experiments.run_folder import RunFolder, RunFolderError, named, plain, write_json
 from experiments.tasks.training import (
     check_together,
@@ -151,7 +151,7 @@ def learn(
     start: Translator | None,
     folder: RunFolder,
     layout: Layout,
-    peers: Peers,
+    processes: Processes,
 ) -> tuple[Translator, dict[str, Any]]:
     """Trains (or goes on training); the translator with the weights that `weights` names, and what
     there is to say of the run.
@@ -159,7 +159,7 @@ def learn(
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.
     """
     config = prepared.config
-    check_together(peers, prepared.identity)
+    check_together(processes, prepared.identity)
     plan = plan_rows(
         prepared.store, source_length=config.source_length, target_length=config.target_length,
         seed=config.seed,
@@ -172,11 +172,11 @@ def learn(
     valid_loss = make_valid_loss(config, valid_examples(prepared, texts), bos, layout)
     params, facts = train_model(
         config, bos, batches, valid_loss, make_evaluate(texts, untrained, config.evaluated),
-        prepared.identity, folder, layout, peers,
+        prepared.identity, folder, layout, processes,
         initial=None if start is None else fit_vocabulary(start.params, config.model),
     )  # fmt: skip
     told = "of the last step"
-    if peers.is_first:
+    if processes.is_first:
         params, told = chosen_weights(config, folder, params)
     return dataclasses.replace(untrained, params=params), facts | {"weights": told}
 
@@ -278,7 +278,7 @@ def _withdrawn_unless_begun(folder: RunFolder) -> Iterator[None]:
 
 def run(config: TranslateConfig) -> None:
     """The whole job: text, vocabulary, training, translation of the test, report."""
-    with together(config) as peers:
+    with together(config) as processes:
         functions_of = identity_of(config.functions)  # a wrong file before the text is read
         texts = read(config)
         start = None
@@ -293,12 +293,12 @@ def run(config: TranslateConfig) -> None:
         as_json = plain(config) | {"task": "translate", "corpora": texts.sha256} | functions_of
         if start is not None:
             as_json["start_sha256"] = state_sha256(without_moments(start.params, 1), None)
-        check_together(peers, as_json)
-        if peers.is_first:
-            lead(config, texts, start, as_json, layout, peers)
-        elif peers.from_first():  # the vocabulary and the tokens are there
+        check_together(processes, as_json)
+        if processes.is_first:
+            lead(config, texts, start, as_json, layout, processes)
+        elif processes.from_first(slow=True):  # the vocabulary and the tokens are there
             prepared = prepare(config, texts, RunFolder(config.run), start, as_json)
-            learn(prepared, texts, start, RunFolder(config.run), layout, peers)
+            learn(prepared, texts, start, RunFolder(config.run), layout, processes)
 
 
 def lead(
@@ -307,14 +307,14 @@ def lead(
     start: Translator | None,
     as_json: dict[str, Any],
     layout: Layout,
-    peers: Peers,
+    processes: Processes,
 ) -> None:
     """What one process does for all: it holds the folder, makes the vocabulary, and reports."""
     folder = RunFolder(config.run)
     with folder.claim(as_json, MAY_DIFFER, rewrite=False), _withdrawn_unless_begun(folder):
         done = folder.read("results.json")
         if done and is_finished(config, done, folder.read("config.json")):
-            peers.from_first(False)
+            processes.from_first(False, slow=True)
             flag = "steps" if done["steps"] == config.steps else "patience"
             print(f"{config.run} is finished ({done['steps']} steps); a larger --{flag} extends it")
             return
@@ -329,6 +329,6 @@ def lead(
             f"{len(texts.test):,} test, {prepared.target.size:,} pieces, "
             f"{parameter_count(prepared.config):,} parameters", flush=True,
         )  # fmt: skip
-        peers.from_first(True)
-        translator, about = learn(prepared, texts, start, folder, layout, peers)
+        processes.from_first(True, slow=True)
+        translator, about = learn(prepared, texts, start, folder, layout, processes)
         finish(prepared, texts, translator, about | {"asked_steps": config.steps}, folder, as_json)

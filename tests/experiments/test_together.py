@@ -16,32 +16,41 @@ from killing import TINY, sound_step, write_words
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 
-STALL = 10  # seconds; the others end within 15 more
-FLAGS = [*TINY, "--mesh.data", "2", "--stall-timeout", str(STALL)]
+HEARTBEAT, STALL, MORE = 4, 8, 15  # seconds; the other has ended within MORE after one of them
+FLAGS = [
+    *(*TINY, "--mesh.data", "2"),
+    *("--heartbeat-timeout", str(HEARTBEAT), "--stall-timeout", str(STALL)),
+]
 FOREVER = 1_000_000
 
-# What goes wrong in a process: each stands in the place of the batches' `__next__` at the 30th.
-STUCK = "time.sleep(10_000)"
+# What goes wrong in a process, and at which call of which function.
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+FROZEN = "os.kill(os.getpid(), signal.SIGSTOP)"
 BROKEN = "raise OSError('the disk is gone')"
+STUCK = "time.sleep(10_000)"
+BEFORE = ("experiments.tasks.pronounce", "prepare", 1)
+IN_A_STEP = ("experiments.layout.Layout", "_share", 90)  # arrays of a batch: inside of the step
+BETWEEN = ("experiments.guard.Guard", "add", 30)
+REPORTING = ("experiments.tasks.pronounce", "report", 1)
+WAITING = ("experiments.distributed.processes.Processes", "_has_arrived", 1)
 _MAIN = """
-import sys, time
-from experiments import packing, run
-original, calls = packing.endless_batches, [0]
-def faulty(count, load, **options):
-    def broken_load(chosen):
-        calls[0] += 1
-        if calls[0] == 30:
-            {fault}
-        return load(chosen)
-    return original(count, broken_load, **options)
-packing.endless_batches = faulty
-sys.argv = ["run", *sys.argv[1:]]
+import os, pkgutil, signal, sys, time
+from experiments import run
+place, name, number = {place!r}
+owner, calls = pkgutil.resolve_name(place), [0]
+original = getattr(owner, name)
+def faulty(*arguments, **options):
+    calls[0] += 1
+    if calls[0] == number:
+        open({noted!r}, "w").write(str(time.time()))
+        {fault}
+    return original(*arguments, **options)
+setattr(owner, name, faulty)
 run.main(sys.argv[1:])
 """
 
 
-def spawn(run, steps, flags, devices=1, fault=None):
-    program = ["-m", "experiments.run"] if fault is None else ["-c", _MAIN.format(fault=fault)]
+def spawn(run, steps, flags, devices=1, program=("-m", "experiments.run")):
     return subprocess.Popen(
         [sys.executable, *program, "--run", str(run), "--steps", str(steps), *flags],
         cwd=Path(__file__).parents[2], text=True,
@@ -50,16 +59,21 @@ def spawn(run, steps, flags, devices=1, fault=None):
     )  # fmt: skip
 
 
-def pair(run, steps, words, faults=(None, None), own_flags=((), ())):
-    """The two processes of one run; `own_flags` are those of each."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
-    return [
-        spawn(run, steps, [*words, *FLAGS, *where, str(i), *own_flags[i]], fault=faults[i])
-        for i in (0, 1)
-    ]
+        return probe.getsockname()[1]
+
+
+def pair(run, steps, words, programs=((), ()), own_flags=((), ())):
+    """The two processes of one run, each with its own program and flags."""
+    where = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
+    started = []
+    for i in (0, 1):
+        program = {"program": programs[i]} if programs[i] else {}
+        flags = [*words, *FLAGS, *where, str(i), *own_flags[i]]
+        started.append(spawn(run, steps, flags, **program))
+    return started
 
 
 def whole(run, steps, flags, devices):
@@ -150,52 +164,59 @@ def test_a_mesh_of_eight_devices_says_what_each_holds_and_its_model_predicts(wor
     assert said.returncode == 0 and said.stdout.count("\n") == 1, said.stderr
 
 
+def goes_wrong(run, words, victim, fault, where):
+    """(seconds until the other has ended, its code, what it said, code and errors of the victim).
+
+    While process 0 reports process 1 waits for it: there the fault of process 1 lies, and process 0
+    takes its time.
+    """
+    noted = run.parent / "noted"
+    programs = [(), ()]
+    if where == REPORTING:
+        slow = _MAIN.format(place=REPORTING, noted=str(run.parent / "reporting"), fault=STUCK)
+        programs = [("-c", slow), ()]
+        where = WAITING if victim else REPORTING
+    programs[victim] = ("-c", _MAIN.format(place=where, noted=str(noted), fault=fault))
+    steps = 20 if where in (REPORTING, WAITING) else FOREVER
+    processes = pair(run, steps, words, programs)
+    try:
+        said = processes[1 - victim].communicate(timeout=120)
+        seconds = time.time() - float(noted.read_text())
+        if fault == FROZEN:
+            processes[victim].kill()
+        _, error = processes[victim].communicate(timeout=MORE)
+    finally:
+        for process in processes:
+            process.kill()
+    return seconds, processes[1 - victim].returncode, said, processes[victim].returncode, error
+
+
+LOST = re.compile(r"task|Timeout \(0:00:08\)!", re.IGNORECASE)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_is_killed_ends_the_other(words, victim, tmp_path):
-    processes = pair(tmp_path / "run", FOREVER, words)
-    until_trained(tmp_path / "run", processes)
-    processes[victim].kill()
-    killed = time.monotonic()
-    codes, errors = ends(processes)
-    assert time.monotonic() - killed < STALL + 15
-    assert codes[1 - victim] == 75
-    name = rf"error: process {victim} \(.*, pid {processes[victim].pid}\) died"
-    assert re.search(name, errors[1 - victim]), errors
-    assert sound_step(tmp_path / "run") >= 20
-
-
-def test_a_process_that_is_frozen_ends_the_other(words, tmp_path):
-    processes = pair(tmp_path / "run", FOREVER, words)
-    until_trained(tmp_path / "run", processes)
-    processes[0].send_signal(signal.SIGSTOP)
-    stopped = time.monotonic()
-    error = processes[1].communicate(timeout=120)[1]
-    assert time.monotonic() - stopped < STALL + 15
-    processes[0].kill()
-    ends(processes[:1])
-    assert processes[1].returncode == 75
-    assert re.search(r"error: process 0 \(.*\) has not been heard of for", error), error
+@pytest.mark.parametrize("where", [BEFORE, IN_A_STEP, BETWEEN, REPORTING], ids=lambda w: w[1])
+@pytest.mark.parametrize("fault", [KILLED, FROZEN, BROKEN], ids=["killed", "frozen", "broken"])
+def test_what_ends_one_process_ends_the_other_in_time(words, fault, where, victim, tmp_path):
+    seconds, code, said, own_code, error = goes_wrong(
+        tmp_path / "run", words, victim, fault, where
+    )
+    assert seconds < HEARTBEAT + MORE
+    assert code != 0 and LOST.search(said[1]), said
+    if fault == BROKEN:
+        assert own_code == 1 and error.rstrip().endswith("OSError: the disk is gone"), error
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize(
-    ("fault", "told", "left_with"),
-    [(STUCK, "has stood at step", 75), (BROKEN, "the disk is gone", 1)],
-)
-def test_a_process_that_is_stuck_or_fails_ends_the_other(
-    words, victim, fault, told, left_with, tmp_path
-):
-    faults = [None, None]
-    faults[victim] = fault
-    processes = pair(tmp_path / "run", FOREVER, words, faults)
-    code, error = [x[0] for x in ends([processes[1 - victim]])]
-    ended = time.monotonic()
-    if fault == STUCK:
-        assert processes[victim].poll() is None or processes[victim].wait() == 75
-    processes[victim].communicate(timeout=60)
-    assert time.monotonic() - ended < 15
-    assert code == left_with and processes[victim].returncode != 0
-    assert re.search(rf"error: process {victim} \(.*\).*{told}", error), error
+@pytest.mark.parametrize("where", [IN_A_STEP, BETWEEN], ids=lambda w: w[1])
+def test_a_process_that_stands_still_says_where_and_ends_the_other(words, where, victim, tmp_path):
+    seconds, code, said, own_code, error = goes_wrong(
+        tmp_path / "run", words, victim, STUCK, where
+    )
+    assert seconds < STALL + MORE
+    assert code != 0 and LOST.search(said[1]), said
+    assert own_code != 0
+    assert "in faulty" in error or LOST.search(error), error
 
 
 @pytest.mark.parametrize(
@@ -207,7 +228,7 @@ def test_processes_with_other_flags_are_told_apart(words, flag, told, tmp_path):
     codes, errors = ends(pair(tmp_path / "run", 40, words, own_flags=((), (flag, "1"))))
     assert codes == [2, 2]
     for error in errors:
-        assert re.search(rf"error: process 1 \(.*\) differs from process 0 .*{told}", error)
+        assert re.search(rf"error: process 1 differs from process 0 .*{told}", error)
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,1 @@
+"""Training over several processes, on JAX's own runtime between them."""

@@ -1,0 +1,190 @@
+"""Starting a run over several processes: which of them this one is, and JAX between them."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.distributed.processes import ProcessError, Processes
+
+TPU_MACHINE = "the machine of a TPU"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """Which process of how many this is. Without flags: what Slurm, Open MPI, Kubernetes or the
+    TPU's environment tell, or a process alone."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, the same in every process."""
+    process_id: int | None = None
+    """The number of this process, from 0."""
+    num_processes: int | None = None
+    """How many there are; 1, given alone, makes one of what the environment tells."""
+    connect_timeout: int = 300
+    """Seconds in which the processes must find each other."""
+    heartbeat_timeout: int = 60
+    """Seconds without a sign of life after which a process is given up; below stall_timeout."""
+    stall_timeout: int = 600
+    """Seconds without a step after which a process prints where it stands, and ends."""
+
+    def __post_init__(self) -> None:
+        for name in ("connect_timeout", "heartbeat_timeout", "stall_timeout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 second, not {getattr(self, name)}")
+        if self.heartbeat_timeout >= self.stall_timeout:
+            raise ValueError(
+                f"heartbeat_timeout={self.heartbeat_timeout} must be below "
+                f"stall_timeout={self.stall_timeout}"
+            )
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(f"num_processes must be at least 1, not {self.num_processes}")
+        names = ("coordinator", "process_id", "num_processes")
+        missing = [name for name in names if getattr(self, name) is None]
+        if len(missing) == 3 or (self.num_processes == 1 and len(missing) == 2):
+            return
+        if missing:
+            raise ValueError(f"{', '.join(names)} go together: {' and '.join(missing)} missing")
+        host_and_port(self.coordinator)
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(
+                f"process_id must be from 0 to {self.num_processes - 1}, below num_processes, "
+                f"not {self.process_id}"
+            )
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """`node1:1234` or `[::1]:1234` in two; ValueError where it is neither."""
+    host, colon, port = address.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not bare or (bare == host and ":" in host):
+        raise ValueError(f"coordinator must be HOST:PORT, not {address!r}")
+    if not (port.isascii() and port.isdecimal() and 1 <= int(port) <= 65535):
+        raise ValueError(f"coordinator must have a port from 1 to 65535, not {address!r}")
+    return bare, int(port)
+
+
+def environment_tells() -> str | None:
+    """The cluster of more than one process that the environment shows, by its name."""
+    tells = os.environ
+
+    def many(name: str) -> bool:
+        return tells.get(name, "").isdecimal() and int(tells[name]) > 1
+
+    # A batch script has no step of its own, and is one process however many tasks it may start.
+    if many("SLURM_NTASKS") and {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= tells.keys():
+        return "Slurm"
+    if many("OMPI_COMM_WORLD_SIZE") and "OMPI_MCA_orte_hnp_uri" in tells:
+        return "Open MPI"
+    hosts = tells.get("TPU_PROCESS_ADDRESSES") or tells.get("TPU_WORKER_HOSTNAMES", "")
+    if "," in hosts or many("MEGASCALE_NUM_SLICES"):
+        return "Cloud TPU"
+    # Where no variable says it, the machine of a TPU has a server that knows. On others JAX has set
+    # the variable that says not to ask.
+    served = not hosts and "TPU_SKIP_MDS_QUERY" not in tells
+    if served and importlib.util.find_spec("libtpu"):
+        return TPU_MACHINE
+    # JAX asks the Kubernetes API how many there are, through the package `kubernetes`.
+    indexed = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= tells.keys()
+    return "Kubernetes" if indexed else None
+
+
+def _shares_its_machine() -> bool:
+    """Whether other processes of the run are on this machine, as Slurm and Open MPI tell."""
+    tells = os.environ
+    told = tells.get("SLURM_STEP_TASKS_PER_NODE", tells.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""))
+    return any(int(tasks) > 1 for tasks in re.findall(r"(?:^|,)(\d+)", told))  # 2(x3),1
+
+
+def _where(config: ClusterConfig) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` needs to know; None where this process is alone.
+
+    Without flags JAX reads the environment, but for the devices: it would give each task of Slurm
+    and Open MPI one, alone on its machine or not. An empty list means all of them.
+    """
+    if config.num_processes == 1:
+        return None
+    if config.num_processes is None:
+        if environment_tells() is None:
+            return None
+        return {"local_device_ids": None if _shares_its_machine() else []}
+    host, port = host_and_port(config.coordinator)
+    if config.process_id == 0:
+        _check_free(port)
+    # Proxies are for the web. With this one JAX need not warn of them.
+    name = "no_grpc_proxy" if "no_grpc_proxy" in os.environ else "no_proxy"
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
+    jax.config.update("jax_check_proxy_envs", False)
+    return {
+        "coordinator_address": config.coordinator,
+        "num_processes": config.num_processes,
+        "process_id": config.process_id,
+        "local_device_ids": [],
+    }
+
+
+def _check_free(port: int) -> None:
+    """Raises ProcessError where `port` is taken: JAX's coordinator would crash without a word."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ProcessError(
+            f"process 0 cannot listen at port {port} ({error.strerror}): name another with "
+            "--coordinator, the same in every process"
+        ) from None
+
+
+def start(config: ClusterConfig, folder: Path) -> Processes:
+    """Waits for the other processes, and starts JAX between them; before any computation.
+
+    folder: of the run, which all of them see.
+
+    Raises ProcessError where the environment shows a cluster that JAX cannot make out. Where the
+    processes do not find each other in time this one ends with exit code 2 and one line, since JAX
+    would abort with a C++ stack trace.
+    """
+    where = _where(config)
+    if where is None:
+        return Processes(folder)
+    # Ours is the handler of SIGTERM, and the agreement on the step to stop at.
+    jax.config.update("jax_enable_preemption_service", False)
+    giving_up = threading.Timer(config.connect_timeout, _give_up, [config])
+    giving_up.daemon = True
+    giving_up.start()
+    try:
+        jax.distributed.initialize(
+            **where,
+            initialization_timeout=2 * config.connect_timeout + 60,  # ours comes first
+            heartbeat_timeout_seconds=config.heartbeat_timeout,
+            shutdown_timeout_seconds=config.stall_timeout,
+        )
+    except Exception as error:  # whatever the cluster's own interface has to say
+        cluster = environment_tells()
+        if cluster == TPU_MACHINE:  # no server there: a notebook of somebody's, on one machine
+            return Processes(folder)
+        why = " ".join(str(error).split())
+        raise ProcessError(
+            f"the environment tells of a cluster ({cluster}) that JAX cannot make out ({why}): "
+            "give --coordinator, --process-id and --num-processes, or --num-processes 1"
+        ) from None
+    finally:
+        giving_up.cancel()
+    return Processes(folder, config.stall_timeout)
+
+
+def _give_up(config: ClusterConfig) -> None:
+    told = f"at {config.coordinator} " if config.coordinator else ""
+    which = "the others" if config.process_id == 0 else "process 0 and the others"
+    line = (
+        f"error: waited {config.connect_timeout} s (--connect-timeout) for {which} {told}in vain: "
+        "check that each process was started, with the same coordinator and number of processes, "
+        "and that its port is open\n"
+    )
+    os.write(2, line.encode())
+    os._exit(2)
