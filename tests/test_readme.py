@@ -61,7 +61,7 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     from experiments.bench.referee import BenchConfig
     from experiments.bridge.convert import ExportConfig, ImportConfig
     from experiments.claims.ledger import ClaimsConfig
-    from experiments.cluster import ClusterConfig
+    from experiments.distributed.cluster import ClusterConfig
     from experiments.plan.plan import PlanConfig
     from experiments.predict import PredictConfig
     from experiments.tasks.pronounce import PronounceConfig

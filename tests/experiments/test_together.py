@@ -137,6 +137,16 @@ def test_a_signal_to_one_stops_both_at_the_same_step(stopped):
     assert "SIGTERM: finishing the step and saving" in errors[1]
 
 
+def test_ctrl_c_in_process_0_stops_both_at_the_same_step(words, tmp_path):
+    processes = pair(tmp_path / "run", FOREVER, words)
+    until_trained(tmp_path / "run", processes)
+    processes[0].send_signal(signal.SIGINT)
+    codes, errors = ends(processes)
+    assert codes == [130, 130], errors
+    step = int(re.search(r"stopped and saved at step (\d+);", errors[0])[1])
+    assert sound_step(tmp_path / "run") == step
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_their_checkpoint_resumes_on_other_devices(stopped, words, devices, tmp_path):
     run = tmp_path / "run"
@@ -198,9 +208,7 @@ LOST = re.compile(r"task|Timeout \(0:00:08\)!", re.IGNORECASE)
 @pytest.mark.parametrize("where", [BEFORE, IN_A_STEP, BETWEEN, REPORTING], ids=lambda w: w[1])
 @pytest.mark.parametrize("fault", [KILLED, FROZEN, BROKEN], ids=["killed", "frozen", "broken"])
 def test_what_ends_one_process_ends_the_other_in_time(words, fault, where, victim, tmp_path):
-    seconds, code, said, own_code, error = goes_wrong(
-        tmp_path / "run", words, victim, fault, where
-    )
+    seconds, code, said, own_code, error = goes_wrong(tmp_path / "run", words, victim, fault, where)
     assert seconds < HEARTBEAT + MORE
     assert code != 0 and LOST.search(said[1]), said
     if fault == BROKEN:
@@ -210,9 +218,7 @@ def test_what_ends_one_process_ends_the_other_in_time(words, fault, where, victi
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("where", [IN_A_STEP, BETWEEN], ids=lambda w: w[1])
 def test_a_process_that_stands_still_says_where_and_ends_the_other(words, where, victim, tmp_path):
-    seconds, code, said, own_code, error = goes_wrong(
-        tmp_path / "run", words, victim, STUCK, where
-    )
+    seconds, code, said, own_code, error = goes_wrong(tmp_path / "run", words, victim, STUCK, where)
     assert seconds < STALL + MORE
     assert code != 0 and LOST.search(said[1]), said
     assert own_code != 0
