@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -21,6 +22,9 @@ from experiments.errors import UserError, exit_code, told_in_one_line
 from experiments.run_folder import write_text
 from experiments.stopping import Stopped
 
+# What stands in an error of JAX or Orbax when another process does not answer. The heartbeat says
+# so too, but maybe only a minute later.
+_WAITS_IN_VAIN = re.compile("Gloo|NCCL|barrier|coordination service", re.IGNORECASE)
 GO_ON = "the same command goes on from the newest checkpoint"
 
 
@@ -29,17 +33,13 @@ class ProcessError(UserError):
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process brings, by number, in every process; `value` is what JSON can say.
-
-    Tuples arrive as lists, as JSON has them; in a process alone too.
-    """
+    """What each process brings, by number, in every process; `value` is what JSON can say."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     # All must bring arrays of one shape: so lengths first.
-    lengths = np.atleast_1d(multihost_utils.process_allgather(np.int32(text.size)))
+    lengths = multihost_utils.process_allgather(np.int32(text.size))
     padded = np.pad(text, (0, lengths.max() - text.size))
-    texts = np.reshape(multihost_utils.process_allgather(padded), (len(lengths), -1))
-    pairs = zip(texts, lengths, strict=True)
-    return [json.loads(bytes(text[:length]).decode()) for text, length in pairs]
+    pairs = zip(multihost_utils.process_allgather(padded), lengths, strict=True)
+    return [json.loads(bytes(text[:length])) for text, length in pairs]
 
 
 class Processes:
@@ -60,7 +60,7 @@ class Processes:
         self._sitting, self._times = self.from_first(uuid.uuid4().hex), 0
 
     def from_first(self, value: Any = None, slow: bool = False) -> Any:
-        """Process 0's `value`, which JSON can say, in every process.
+        """Process 0's `value`, which JSON can say, in every process; tuples arrive as lists.
 
         slow: process 0 may have long been busy, so the others wait for a file in the run folder
           before they go into a collective, which may give up.
@@ -139,13 +139,13 @@ class Processes:
 
 def _leave(error: BaseException) -> NoReturn:
     """Prints the error as the end of Python would, and ends the process without that."""
-    lost = "Gloo" in str(error)  # which JAX's heartbeat would say too, a minute later
+    lost = _WAITS_IN_VAIN.search(str(error))
     if isinstance(error, told_in_one_line()):
         print(f"error: {error}", file=sys.stderr)
     elif not isinstance(error, SystemExit | KeyboardInterrupt):
         traceback.print_exception(error)
     if lost:
-        print(f"error: a collective failed, as another task was lost; {GO_ON}", file=sys.stderr)
+        print(f"error: another task was lost, for which this one waited; {GO_ON}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if lost else exit_code(error))

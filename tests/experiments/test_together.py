@@ -23,7 +23,8 @@ FLAGS = [
 ]
 FOREVER = 1_000_000
 
-# What goes wrong in a process, and at which call of which function.
+# What goes wrong in a process, in which function, and when: at its call of that number, or once
+# there is a file of that name beside the run folder.
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 FROZEN = "os.kill(os.getpid(), signal.SIGSTOP)"
 BROKEN = "raise OSError('the disk is gone')"
@@ -32,17 +33,17 @@ BEFORE = ("experiments.tasks.pronounce", "prepare", 1)
 IN_A_STEP = ("experiments.layout.Layout", "_share", 90)  # arrays of a batch: inside of the step
 BETWEEN = ("experiments.guard.Guard", "add", 30)
 REPORTING = ("experiments.tasks.pronounce", "report", 1)
-WAITING = ("experiments.distributed.processes.Processes", "_has_arrived", 1)
+WAITING = ("experiments.distributed.processes.Processes", "_has_arrived", "reporting")
 _MAIN = """
 import os, pkgutil, signal, sys, time
 from experiments import run
-place, name, number = {place!r}
+place, name, when = {where!r}
 owner, calls = pkgutil.resolve_name(place), [0]
 original = getattr(owner, name)
 def faulty(*arguments, **options):
     calls[0] += 1
-    if calls[0] == number:
-        open({noted!r}, "w").write(str(time.time()))
+    if calls[0] == when or os.path.exists(os.path.join({folder!r}, str(when))):
+        open(os.path.join({folder!r}, {note!r}), "w").write(str(time.time()))
         {fault}
     return original(*arguments, **options)
 setattr(owner, name, faulty)
@@ -174,24 +175,27 @@ def test_a_mesh_of_eight_devices_says_what_each_holds_and_its_model_predicts(wor
     assert said.returncode == 0 and said.stdout.count("\n") == 1, said.stderr
 
 
+def program(run, where, note, fault):
+    """The command with a fault in it, which writes its time into the file `note` beside `run`."""
+    return "-c", _MAIN.format(where=where, folder=str(run.parent), note=note, fault=fault)
+
+
 def goes_wrong(run, words, victim, fault, where):
     """(seconds until the other has ended, its code, what it said, code and errors of the victim).
 
     While process 0 reports process 1 waits for it: there the fault of process 1 lies, and process 0
     takes its time.
     """
-    noted = run.parent / "noted"
     programs = [(), ()]
     if where == REPORTING:
-        slow = _MAIN.format(place=REPORTING, noted=str(run.parent / "reporting"), fault=STUCK)
-        programs = [("-c", slow), ()]
+        programs[0] = program(run, REPORTING, "reporting", STUCK)
         where = WAITING if victim else REPORTING
-    programs[victim] = ("-c", _MAIN.format(place=where, noted=str(noted), fault=fault))
+    programs[victim] = program(run, where, "noted", fault)
     steps = 20 if where in (REPORTING, WAITING) else FOREVER
     processes = pair(run, steps, words, programs)
     try:
         said = processes[1 - victim].communicate(timeout=120)
-        seconds = time.time() - float(noted.read_text())
+        seconds = time.time() - float((run.parent / "noted").read_text())
         if fault == FROZEN:
             processes[victim].kill()
         _, error = processes[victim].communicate(timeout=MORE)
@@ -210,7 +214,7 @@ LOST = re.compile(r"task|Timeout \(0:00:08\)!", re.IGNORECASE)
 def test_what_ends_one_process_ends_the_other_in_time(words, fault, where, victim, tmp_path):
     seconds, code, said, own_code, error = goes_wrong(tmp_path / "run", words, victim, fault, where)
     assert seconds < HEARTBEAT + MORE
-    assert code != 0 and LOST.search(said[1]), said
+    assert code not in (0, 2) and LOST.search(said[1]), said
     if fault == BROKEN:
         assert own_code == 1 and error.rstrip().endswith("OSError: the disk is gone"), error
 
@@ -220,9 +224,33 @@ def test_what_ends_one_process_ends_the_other_in_time(words, fault, where, victi
 def test_a_process_that_stands_still_says_where_and_ends_the_other(words, where, victim, tmp_path):
     seconds, code, said, own_code, error = goes_wrong(tmp_path / "run", words, victim, STUCK, where)
     assert seconds < STALL + MORE
-    assert code != 0 and LOST.search(said[1]), said
-    assert own_code != 0
+    assert code not in (0, 2) and LOST.search(said[1]), said
+    assert own_code not in (0, 2)
     assert "in faulty" in error or LOST.search(error), error
+
+
+def test_process_0_may_take_longer_than_a_step_where_the_others_wait_for_its_file(words, tmp_path):
+    """It decodes at each evaluation: at step 20 here, and at the end, when it also reports."""
+    score = ("experiments.tasks.pronounce", "score", 1)
+    slow = program(tmp_path / "run", score, "noted", "time.sleep(7)")
+    flags = ("--evaluate-every", "20", "--heartbeat-timeout", "4", "--stall-timeout", "5")
+    codes, errors = ends(pair(tmp_path / "run", 40, words, (slow, ()), (flags, flags)))
+    assert codes == [0, 0], errors
+    assert (tmp_path / "noted").exists() and (tmp_path / "run" / "report.html").exists()
+
+
+def test_processes_with_other_versions_are_told_apart(words, tmp_path):
+    other = """
+import importlib.metadata, sys
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "9.9" if name == "optax" else version(name)
+from experiments import run
+run.main(sys.argv[1:])
+"""
+    codes, errors = ends(pair(tmp_path / "run", 40, words, ((), ("-c", other))))
+    assert codes == [2, 2]
+    told = r"error: process 1 differs from process 0 .*versions\.optax: '[\d.]+' -> '9\.9'"
+    assert all(re.search(told, error) for error in errors), errors
 
 
 @pytest.mark.parametrize(
