@@ -20,11 +20,11 @@ from experiments.tasks.pronounce_report import report
 from experiments.tasks.training import (
     MAY_DIFFER,
     TrainingConfig,
-    check_together,
+    check_same_run,
     decide_compute_dtype,
+    distributed_session,
     make_valid_loss,
     parameter_count,
-    together,
     train_model,
     write_params,
 )
@@ -225,7 +225,7 @@ def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str,
 
 def run(config: PronounceConfig) -> None:
     """The whole job: data, training, evaluation, report."""
-    with together(config) as processes:
+    with distributed_session(config) as processes:
         folder = RunFolder(config.run)
         config = dataclasses.replace(config, model=decide_compute_dtype(config.model, folder))
         make_model(config.model, config.functions)  # so that what does not fit is told at once
@@ -237,7 +237,7 @@ def run(config: PronounceConfig) -> None:
         vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
         identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
         identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
-        check_together(processes, as_json)
+        check_same_run(processes, as_json)
         train = partial(fit, config, lexicons, examples, identity, folder, layout, processes)
         if processes.is_first:
             lead(config, lexicons, as_json, identity, processes, train)

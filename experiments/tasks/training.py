@@ -193,7 +193,7 @@ def make_valid_loss(
 
 
 @contextlib.contextmanager
-def together(config: TrainingConfig) -> Iterator[Processes]:
+def distributed_session(config: TrainingConfig) -> Iterator[Processes]:
     """The processes that train together; what ends one of them ends all."""
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
@@ -202,7 +202,7 @@ def together(config: TrainingConfig) -> Iterator[Processes]:
         yield processes
 
 
-def check_together(processes: Processes, config: dict[str, Any]) -> None:
+def check_same_run(processes: Processes, config: dict[str, Any]) -> None:
     """Raises ProcessError where the processes would not train the same: the difference is named.
 
     config: as JSON, all that decides what is done when, too.

@@ -20,11 +20,11 @@ from experiments.keeper import check_newest, without_moments, write_final
 from experiments.layout import Layout, divisible
 from experiments.run_folder import RunFolder, RunFolderError, named, plain, write_json
 from experiments.tasks.training import (
-    check_together,
+    check_same_run,
     decide_compute_dtype,
+    distributed_session,
     make_valid_loss,
     parameter_count,
-    together,
     train_model,
     write_params,
 )
@@ -159,7 +159,7 @@ def learn(
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.
     """
     config = prepared.config
-    check_together(processes, prepared.identity)
+    check_same_run(processes, prepared.identity)
     plan = plan_rows(
         prepared.store, source_length=config.source_length, target_length=config.target_length,
         seed=config.seed,
@@ -278,7 +278,7 @@ def _withdrawn_unless_begun(folder: RunFolder) -> Iterator[None]:
 
 def run(config: TranslateConfig) -> None:
     """The whole job: text, vocabulary, training, translation of the test, report."""
-    with together(config) as processes:
+    with distributed_session(config) as processes:
         functions_of = identity_of(config.functions)  # a wrong file before the text is read
         texts = read(config)
         start = None
@@ -293,7 +293,7 @@ def run(config: TranslateConfig) -> None:
         as_json = plain(config) | {"task": "translate", "corpora": texts.sha256} | functions_of
         if start is not None:
             as_json["start_sha256"] = state_sha256(without_moments(start.params, 1), None)
-        check_together(processes, as_json)
+        check_same_run(processes, as_json)
         if processes.is_first:
             lead(config, texts, start, as_json, layout, processes)
         elif processes.from_first(slow=True):  # the vocabulary and the tokens are there
