@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.differences import differences
+from experiments.checkpoints.differences import differences
 from experiments.errors import UserError
 from tfm.config import TransformerConfig
 from tfm.functions import Functions

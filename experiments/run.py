@@ -61,7 +61,7 @@ def pronounce(arguments: list[str]) -> None:
     """Parses the flags over the chosen preset, and runs the task."""
     import tyro
 
-    from experiments.tasks.pronounce import PRESETS, run
+    from experiments.pronounce.task import PRESETS, run
 
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     preset.add_argument("--preset", choices=list(PRESETS), default="default")
@@ -77,8 +77,8 @@ def translate(arguments: list[str]) -> None:
     """Parses the flags over the chosen preset and variant, and runs the task."""
     import tyro
 
-    from experiments.tasks.translate import run
-    from experiments.tasks.translate_config import TranslateConfig, configured
+    from experiments.translate.config import TranslateConfig, configured
+    from experiments.translate.task import run
     from tfm.variants import VARIANTS
 
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -114,7 +114,7 @@ def variants(arguments: list[str]) -> None:
     """Parses the names, and prints the table of differences."""
     import tyro
 
-    from experiments.variants import VariantsConfig, run
+    from experiments.reporting.variants import VariantsConfig, run
 
     positional = tyro.conf.Positional[VariantsConfig]
     run(tyro.cli(positional, args=arguments, prog="python -m experiments.run variants"))
@@ -124,7 +124,7 @@ def predict(arguments: list[str]) -> None:
     """Parses the flags, and pronounces or translates standard input."""
     import tyro
 
-    from experiments.predict import PredictConfig, run
+    from experiments.inference.predict import PredictConfig, run
 
     run(tyro.cli(PredictConfig, args=arguments, prog="python -m experiments.run predict"))
 
@@ -133,7 +133,7 @@ def score(arguments: list[str]) -> None:
     """Parses the flags, and scores the translations on standard input."""
     import tyro
 
-    from experiments.translation.score import ScoreConfig, run
+    from experiments.inference.score_sentences import ScoreConfig, run
 
     run(tyro.cli(ScoreConfig, args=arguments, prog="python -m experiments.run score"))
 
@@ -142,7 +142,7 @@ def import_(arguments: list[str]) -> None:
     """Parses the flags, and makes a run folder of another library's model."""
     import tyro
 
-    from experiments.bridge.convert import ImportConfig, run_import
+    from experiments.interop.convert import ImportConfig, run_import
 
     run_import(tyro.cli(ImportConfig, args=arguments, prog="python -m experiments.run import"))
 
@@ -151,7 +151,7 @@ def export(arguments: list[str]) -> None:
     """Parses the flags, and writes a run's model as another library has it."""
     import tyro
 
-    from experiments.bridge.convert import ExportConfig, run_export
+    from experiments.interop.convert import ExportConfig, run_export
 
     run_export(tyro.cli(ExportConfig, args=arguments, prog="python -m experiments.run export"))
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import tfm
-from experiments.bridge.links import flat, tree
-from experiments.translation.translator import Settings, Translator
+from experiments.inference.translator import Settings, Translator
+from experiments.interop.links import flat, tree
 from tfm.training import param_shapes
 
 BEAM, LENGTH = 4, 12

@@ -59,15 +59,15 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     from experiments.bench.cost import CostConfig
     from experiments.bench.device.config import DeviceConfig
     from experiments.bench.referee import BenchConfig
-    from experiments.bridge.convert import ExportConfig, ImportConfig
     from experiments.claims.ledger import ClaimsConfig
     from experiments.distributed.cluster import ClusterConfig
+    from experiments.inference.predict import PredictConfig
+    from experiments.inference.score_sentences import ScoreConfig
+    from experiments.interop.convert import ExportConfig, ImportConfig
     from experiments.plan.plan import PlanConfig
-    from experiments.predict import PredictConfig
-    from experiments.tasks.pronounce import PronounceConfig
-    from experiments.tasks.translate_config import TranslateConfig
-    from experiments.translation.score import ScoreConfig
-    from experiments.variants import VariantsConfig
+    from experiments.pronounce.task import PronounceConfig
+    from experiments.reporting.variants import VariantsConfig
+    from experiments.translate.config import TranslateConfig
 
     names = ("translation.md", "scaling.md", "performance.md", "changing.md")
     pages = [ROOT / "docs" / name for name in names]
@@ -97,8 +97,8 @@ def test_the_lines_that_load_a_model_run(tmp_path, monkeypatch, capsys):
     import jax
 
     from experiments.checkpoints.checkpoint import Checkpoints
-    from experiments.run_folder import plain, write_json
-    from experiments.tasks.pronounce import PronounceConfig
+    from experiments.checkpoints.run_folder import plain, write_json
+    from experiments.pronounce.task import PronounceConfig
     from tfm import Transformer, TransformerConfig, init_state, make_optimizer
 
     (block,) = set(BLOCKS) - set(FUNCTIONS)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from experiments.bench.contenders import Contender
 from experiments.bench.inputs import BOS, EOS, tokens
 from experiments.bench.workloads import Decoding
-from experiments.bridge.ctranslate2 import Pieces, specification
+from experiments.interop.ctranslate2 import Pieces, specification
 
 _POSITIONS = 512
 

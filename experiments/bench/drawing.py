@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.claims.drawing import label, legend, panels
-from experiments.figures import INK, LINES, MUTED, inline
+from experiments.reporting.figures import INK, LINES, MUTED, inline
 
 
 def bars(records: list[dict[str, Any]]) -> str:

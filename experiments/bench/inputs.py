@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bench.workloads import Attention, Decoding, Stream, Training
-from experiments.data import load_cmudict
+from experiments.data.pronunciations import load_cmudict
 
 BOS, EOS = 1, 2
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.run_folder import named
+from experiments.checkpoints.run_folder import named
 
 
 def code_of() -> str:

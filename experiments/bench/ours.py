@@ -13,7 +13,7 @@ from experiments.bench.contenders import Contender
 from experiments.bench.inputs import BOS, CHECKED, EOS, attention_inputs, examples, tokens
 from experiments.bench.workloads import Attention, Decoding, Stream, Training, Workload
 from experiments.checkpoints.safetensors_io import export_params, import_params
-from experiments.packing import packed_batches, packed_rows
+from experiments.data.packing import packed_batches, packed_rows
 from tfm import (
     Transformer,
     attention,

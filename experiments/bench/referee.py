@@ -20,8 +20,8 @@ from experiments.bench.drawing import bars
 from experiments.bench.kept import Kept
 from experiments.bench.limits import Limits
 from experiments.bench.workloads import WORKLOADS, Workload
+from experiments.checkpoints.run_folder import RunFolder, plain, write_json, write_text
 from experiments.errors import UserError
-from experiments.run_folder import RunFolder, plain, write_json, write_text
 
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 2e-2}
 """How far a peer's loss or outputs may be from ours, by dtype, before it is no peer."""

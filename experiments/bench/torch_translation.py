@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from experiments.tasks.training import TrainingConfig
-from experiments.translation.store import Side, Store
+from experiments.data.token_store import Side, Store
+from experiments.training.task import TrainingConfig
 from tfm.config import TransformerConfig
 from tfm.positions import sinusoidal_positions
 

@@ -37,17 +37,17 @@ from experiments.bench.torch_translation import (
     steps_per_second,
     train,
 )
-from experiments.bridge.links import tree
-from experiments.bridge.torch_names import TorchOptions
-from experiments.bridge.torch_transformer import read_model
+from experiments.checkpoints.run_folder import RunFolder, named, write_json
+from experiments.data.text import Files, Pair
+from experiments.data.token_store import open_store
 from experiments.errors import UserError, told_in_one_line
+from experiments.inference.translator import Translator, load, write
+from experiments.interop.links import tree
+from experiments.interop.torch_names import TorchOptions
+from experiments.interop.torch_transformer import read_model
 from experiments.run import use_huge_pages
-from experiments.run_folder import RunFolder, named, write_json
-from experiments.tasks.training import TrainingConfig
-from experiments.tasks.translate_scores import scores
-from experiments.translation.store import open_store
-from experiments.translation.text import Files, Pair
-from experiments.translation.translator import Translator, load, write
+from experiments.training.task import TrainingConfig
+from experiments.translate.scores import scores
 from tfm.model import Transformer
 
 TIMED = 11  # batches that decide on the mode

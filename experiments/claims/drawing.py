@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures import GRID, INK, LINES, MUTED, inline
+from experiments.reporting.figures import GRID, INK, LINES, MUTED, inline
 
 _WIDTH, _HEIGHT = 11.1, 2.5  # inches of up to three panels, which share the width
 

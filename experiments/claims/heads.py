@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import tfm
 from experiments.claims import drawing, study
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact, paired_t
-from experiments.vocabulary import EOS
+from experiments.data.vocabulary import EOS
 from tfm.kernels.precision import linear
 
 HEADS = (1, 2, 4, 8)  # at d_model 64; the claims compare 1 with 4

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments.checkpoints.run_folder import RunFolder, write_json, write_text
 from experiments.claims import (
     attention,
     clipping,
@@ -28,7 +29,6 @@ from experiments.claims import (
 from experiments.claims.evidence import Budget, Claim, judge
 from experiments.claims.pages import publish, write_report
 from experiments.errors import UserError
-from experiments.run_folder import RunFolder, write_json, write_text
 
 _MEMBERS = (scaling, heads, dropout, attention, multihead, positions, feedforward, split,
             layernorm, output, clipping)  # fmt: skip
@@ -82,7 +82,8 @@ def code_of(claim: Claim) -> str:
     here = Path(__file__).parent
     own = Path(str(sys.modules[claim.measure.__module__].__file__))
     shared = [here / f"{name}.py" for name in ("evidence", "study", "drawing")]
-    shared += [here.parent / f"{name}.py" for name in ("data", "packing", "vocabulary", "figures")]
+    beside = ("data/pronunciations", "data/packing", "data/vocabulary", "reporting/figures")
+    shared += [here.parent / f"{name}.py" for name in beside]
     core = sorted((here.parent.parent / "tfm").rglob("*.py"))
     digest = hashlib.sha256()
     for file in (own, *shared, *core):

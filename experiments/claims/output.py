@@ -23,7 +23,7 @@ from experiments.claims.evidence import (
     wilson,
     wilson_difference,
 )
-from experiments.vocabulary import BOS, EOS
+from experiments.data.vocabulary import BOS, EOS
 from tfm.decoding import Decoded
 from tfm.training import init_params
 

@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.page import Section, page
-from experiments.run_folder import write_json, write_text
+from experiments.checkpoints.run_folder import write_json, write_text
+from experiments.reporting.page import Section, page
 
 Record = dict[str, Any]
 

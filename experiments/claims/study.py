@@ -18,10 +18,10 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from experiments import data
 from experiments.claims.evidence import PIECES, Budget
-from experiments.packing import packed_rows
-from experiments.vocabulary import BOS, EOS, Vocabulary
+from experiments.data import pronunciations
+from experiments.data.packing import packed_rows
+from experiments.data.vocabulary import BOS, EOS, Vocabulary
 from tfm.config import TransformerConfig
 from tfm.loss import label_smoothed_cross_entropy
 from tfm.masks import shift_right
@@ -34,7 +34,7 @@ SAMPLE = 128  # training rows that the fit to the training data is judged by
 
 
 class Task(NamedTuple):
-    """Packed rows to learn from and to be judged by (`experiments.packing.packed_rows`)."""
+    """Packed rows to learn from and to be judged by (`experiments.data.packing.packed_rows`)."""
 
     train: Batch
     valid: Batch
@@ -69,10 +69,12 @@ class Trained(NamedTuple):
 @functools.cache
 def pronunciation() -> Task:
     """CMUdict's training words, packed; judged by its validation words."""
-    train, valid, test = data.split_by_family(data.load_cmudict())
+    train, valid, test = pronunciations.split_by_family(pronunciations.load_cmudict())
     letters = Vocabulary.of(word for part in (train, valid, test) for word in part)
     phones = Vocabulary.of(p for variants in train.values() for p in variants)
-    packed = [packed_rows(data.examples(p, letters, phones), 40, 36) for p in (train, valid)]
+    packed = [
+        packed_rows(pronunciations.examples(p, letters, phones), 40, 36) for p in (train, valid)
+    ]
     order = np.random.default_rng(0).permutation(len(packed[0]["source"]))
     train_rows = {name: rows[order] for name, rows in packed[0].items()}
     return Task(train_rows, packed[1], letters.size, phones.size)
@@ -90,7 +92,7 @@ def reversal(lengths: range, symbols: int = 16, seed: int = 0) -> Task:
         sides = {"source": drawn, "target": [s[::-1] for s in drawn]}
         batch = {}
         for side, sequences in sides.items():
-            ids = data.padded([[*s, EOS] for s in sequences], lengths.stop, count)
+            ids = pronunciations.padded([[*s, EOS] for s in sequences], lengths.stop, count)
             positions = np.broadcast_to(np.arange(lengths.stop, dtype=np.int32), ids.shape)
             batch[side] = ids
             batch[f"{side}_segment_ids"] = (ids != 0).astype(np.int32)

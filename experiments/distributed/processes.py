@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.differences import differences
+from experiments.checkpoints.differences import differences
+from experiments.checkpoints.run_folder import write_text
 from experiments.errors import UserError, exit_code, told_in_one_line
-from experiments.run_folder import write_text
-from experiments.stopping import Stopped
+from experiments.training.stopping import Stopped
 
 # What stands in an error of JAX or Orbax when another process does not answer. The heartbeat says
 # so too, but maybe only a minute later.

@@ -21,8 +21,8 @@ import numpy as np
 import tfm
 from experiments.claims import study
 from experiments.claims.evidence import Budget
+from experiments.data.vocabulary import BOS, EOS, Vocabulary
 from experiments.notebooks import plots
-from experiments.vocabulary import BOS, EOS, Vocabulary
 
 plots.use_light_theme()
 jax.config.update("jax_default_matmul_precision", "highest")  # so that a GPU rounds as a CPU does

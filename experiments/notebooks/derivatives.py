@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import tfm
-from experiments import data
+from experiments.data import pronunciations
+from experiments.data.vocabulary import BOS
 from experiments.notebooks import plots, small
-from experiments.vocabulary import BOS
 
 plots.use_light_theme()
 TINY = os.environ.get("TFM_NOTEBOOK_SIZE") == "tiny"
@@ -32,14 +32,16 @@ config, params = pronouncer.model.config, pronouncer.params
 print(f"{config.parameter_count():,} parameters")
 
 lengths = {"source": 14, "target": 16}
-seen_words, _, _ = data.split_by_family(data.load_cmudict())
+seen_words, _, _ = pronunciations.split_by_family(pronunciations.load_cmudict())
 words = [w for w in seen_words if 6 <= len(w) <= 12 and len(seen_words[w][0]) < lengths["target"]]
 words = [str(w) for w in np.random.default_rng(0).choice(words, WORDS, replace=False)]
 rows = {
     "source": [pronouncer.encode(word) for word in words],
     "target": [pronouncer.phones.encode(seen_words[word][0]) for word in words],
 }
-batch = {side: jnp.asarray(data.padded(rows[side], lengths[side], WORDS)) for side in rows}
+batch = {
+    side: jnp.asarray(pronunciations.padded(rows[side], lengths[side], WORDS)) for side in rows
+}
 
 
 def loss(params, batch, implementation="auto"):

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import tfm
-from experiments import data
+from experiments.data import pronunciations
+from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.notebooks import plots, small
-from experiments.vocabulary import BOS, EOS, PAD
 
 plots.use_light_theme()
 TINY = os.environ.get("TFM_NOTEBOOK_SIZE") == "tiny"
@@ -37,15 +37,15 @@ print(f"{model.config.parameter_count():,} parameters, {N} + {M} layers of {H} h
 
 # %%
 lengths = {"source": 14, "target": 16}
-seen_words, unseen, _ = data.split_by_family(data.load_cmudict())
+seen_words, unseen, _ = pronunciations.split_by_family(pronunciations.load_cmudict())
 
 
 def rows(words, lexicon):
     """Letters [words, S] and sounds [words, T], padded."""
     letters = [pronouncer.encode(word) for word in words]
     sounds = [pronouncer.phones.encode(lexicon[word][0]) for word in words]
-    return (data.padded(letters, lengths["source"], len(words)),
-            data.padded(sounds, lengths["target"], len(words)))  # fmt: skip
+    return (pronunciations.padded(letters, lengths["source"], len(words)),
+            pronunciations.padded(sounds, lengths["target"], len(words)))  # fmt: skip
 
 
 words = [w for w in unseen if 6 <= len(w) <= 12 and len(unseen[w][0]) < lengths["target"]][:WORDS]

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import tfm
-from experiments import data
+from experiments.data import pronunciations
+from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.notebooks import plots, small
-from experiments.vocabulary import BOS, EOS, PAD
 
 plots.use_light_theme()
 TINY = os.environ.get("TFM_NOTEBOOK_SIZE") == "tiny"
@@ -43,7 +43,7 @@ print(f"{model.config.parameter_count():,} parameters, {N} + {model.config.num_d
 # How well does it speak? Some words that it has never seen:
 
 # %%
-_, unseen, _ = data.split_by_family(data.load_cmudict())
+_, unseen, _ = pronunciations.split_by_family(pronunciations.load_cmudict())
 words = [word for word in unseen if 6 <= len(word) <= 12][:WORDS]
 said = dict(zip(words, (p.phones for p in pronouncer(words, beam=1)), strict=True))
 right = [word for word in words if said[word] in unseen[word]]
@@ -117,9 +117,10 @@ show_heads("cross", sounds, letters, "sound to be said", "letter looked at")
 # %%
 lengths = {"source": 14, "target": 16}
 fitting = [w for w in words if len(unseen[w][0]) < lengths["target"]]
-source = data.padded([pronouncer.encode(w) for w in fitting], lengths["source"], len(fitting))
-labels = data.padded([pronouncer.phones.encode(unseen[w][0]) for w in fitting],
-                     lengths["target"], len(fitting))  # fmt: skip
+source = [pronouncer.encode(w) for w in fitting]
+source = pronunciations.padded(source, lengths["source"], len(fitting))
+labels = [pronouncer.phones.encode(unseen[w][0]) for w in fitting]
+labels = pronunciations.padded(labels, lengths["target"], len(fitting))
 is_sound = (labels != PAD) & (labels != EOS)
 
 cross = np.asarray(watch(params, source, labels)["cross"])  # layers, words, heads, sounds, letters

@@ -17,8 +17,8 @@ import numpy as np
 import tfm
 from experiments.claims import study
 from experiments.claims.evidence import Budget, Hypothesis, Text, judge, paired_t
+from experiments.data.vocabulary import BOS
 from experiments.notebooks import plots
-from experiments.vocabulary import BOS
 from tfm.kernels.precision import matmul
 from tfm.kernels.softmax import masked_softmax
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from IPython.utils.capture import capture_output
 
 import tfm
-from experiments.pronouncer import Pronouncer, load
-from experiments.run_folder import RunFolder
-from experiments.tasks import pronounce
+from experiments.checkpoints.run_folder import RunFolder
+from experiments.inference.pronouncer import Pronouncer, load
+from experiments.pronounce import task as pronounce
 
 
 def pronouncer(steps: int, num_encoder_layers: int) -> Pronouncer:

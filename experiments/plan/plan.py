@@ -8,13 +8,13 @@ import jax
 from rich.console import Console
 
 from experiments.errors import UserError
-from experiments.layout import divisible
 from experiments.plan import tables
 from experiments.plan.chips import CHIPS
 from experiments.plan.compiled import by_kind, compile_quickly, emitted
 from experiments.plan.speed import Assumed
 from experiments.plan.work import Work
-from experiments.tasks.translate_config import configured
+from experiments.training.placement import divisible
+from experiments.translate.config import configured
 from tfm.config import TransformerConfig
 from tfm.parallel.mesh import MeshConfig
 

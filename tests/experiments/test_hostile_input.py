@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from killing import finish, write_words
 
-from experiments import data
 from experiments.checkpoints import manifest
 from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
+from experiments.checkpoints.run_folder import RunFolder
 from experiments.checkpoints.safetensors_io import import_params
 from experiments.claims import ledger
+from experiments.data import pronunciations
 from experiments.errors import UserError
-from experiments.pronouncer import load
-from experiments.run_folder import RunFolder
+from experiments.inference.pronouncer import load
 from tfm.training import param_shapes
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -132,7 +132,7 @@ class Canary:
 READ_ALL = """
 import sys
 import jax
-from experiments.pronouncer import load
+from experiments.inference.pronouncer import load
 from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
 refused, run, *folders = 0, *sys.argv[1:]
 like = load(run).params
@@ -189,7 +189,8 @@ def test_no_file_of_a_run_is_unpickled(finished, tmp_path):
         file = tmp_path / f"bait.{extension}"
         file.write_bytes(bait)
         for read in (
-            lambda file: import_params(file, like), data.read_lexicon, ledger.read_records,
+            lambda file: import_params(file, like),
+            pronunciations.read_lexicon, ledger.read_records,
         ):  # fmt: skip
             with pytest.raises(ValueError, match=str(file)):
                 read(file)

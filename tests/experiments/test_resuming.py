@@ -7,9 +7,10 @@ import signal
 import pytest
 from killing import TINY, call, write_words
 
-from experiments import loop
 from experiments.checkpoints.checkpoint import Checkpoints
-from experiments.tasks import pronounce, training
+from experiments.pronounce import task as pronounce
+from experiments.training import loop
+from experiments.training import task as training
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 STEPS = 60
@@ -34,7 +35,7 @@ def whole(tmp_path_factory, flags):
 
 def rows_an_epoch(flags):
     """How many packed rows the training words make."""
-    from experiments.packing import packed_rows
+    from experiments.data.packing import packed_rows
 
     config = pronounce.PronounceConfig(train_file=flags[1], valid_file=flags[3], source_length=12)
     lexicons = pronounce.load_lexicons(config)

@@ -23,12 +23,13 @@ import orbax.checkpoint as ocp
 import pytest
 from killing import call
 
-from experiments import loop
 from experiments import run as command
 from experiments.checkpoints.checkpoint import Checkpoints
-from experiments.metrics import word_error_rate
-from experiments.predict import PredictConfig
-from experiments.tasks import pronounce, training
+from experiments.evaluation.error_rates import word_error_rate
+from experiments.inference.predict import PredictConfig
+from experiments.pronounce import task as pronounce
+from experiments.training import loop
+from experiments.training import task as training
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 SOUNDS = {"a": "AA", "b": "B", "c": "K", "d": "D", "e": "EH"}

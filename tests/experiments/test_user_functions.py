@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import predict
+from experiments.checkpoints.run_folder import RunFolderError
 from experiments.functions import FunctionsError, load_functions, make_model
-from experiments.pronouncer import load
-from experiments.run_folder import RunFolderError
-from experiments.tasks.pronounce import PronounceConfig, run
+from experiments.inference import predict
+from experiments.inference.pronouncer import load
+from experiments.pronounce.task import PronounceConfig, run
 from tfm.config import TransformerConfig
 
 FILE = """

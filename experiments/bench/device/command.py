@@ -19,7 +19,7 @@ from rich.console import Console
 from experiments.bench.device.config import CEILINGS, DeviceConfig, DeviceError, Part
 from experiments.bench.device.session import Row, one_line
 from experiments.bench.device.table import show
-from experiments.run_folder import RunFolder, named, plain, write_json, write_text
+from experiments.checkpoints.run_folder import RunFolder, named, plain, write_json, write_text
 
 LEAST = 10.0
 """Seconds below which no process is started: JAX alone takes some."""

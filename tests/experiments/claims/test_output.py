@@ -6,7 +6,7 @@ import pytest
 import tfm
 from experiments.claims import output, study
 from experiments.claims.evidence import Budget, judge
-from experiments.vocabulary import EOS
+from experiments.data.vocabulary import EOS
 from tfm.training import param_shapes
 
 BUDGET = Budget(seeds=2, many=16, effort=0.02)

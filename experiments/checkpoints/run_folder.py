@@ -1,0 +1,264 @@
+"""The folder of a run: its resolved config, its metrics, its results."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
+
+from experiments.checkpoints.differences import differences
+from experiments.checkpoints.manifest import write_durably
+from experiments.errors import UserError
+from tfm.config import TransformerConfig, current_fields
+
+
+class RunFolderError(UserError):
+    """Why a run folder cannot serve this run."""
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Turns the system's refusals (disk full, read-only …) into one line that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"{path}: {error.strerror or error}") from None
+
+
+def plain(value: Any) -> Any:
+    """A config as JSON values: dataclasses become objects, tuples lists, and paths strings."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [plain(member) for member in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def changes(
+    old: dict[str, Any], new: dict[str, Any], may_differ: Collection[str] = ()
+) -> list[str]:
+    """`differences` of two runs' configs; an older one may lack fields that the model has since."""
+    if isinstance(old.get("model"), dict):
+        old = old | {"model": current_fields(old["model"])}
+    return differences(old, new, may_differ, {"model": plain(TransformerConfig())})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside `path`, then renames: a reader sees the old file or the new, never a half.
+
+    Raises RunFolderError naming the path, and leaves the old file, where the system refuses.
+    """
+    with named(path):
+        write_durably(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as JSON that a person can read, written as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+class RunFolder:
+    """`config.json`, `metrics.jsonl`, `results.json`, TensorBoard events, `checkpoints/`, the
+    `best/` of them, and the `final/` model where that is not the newest of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
+        self.final = path / "final"
+        self.report = path / "report.html"
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in `name`, or None where there is no such file.
+
+        Raises RunFolderError naming a file that is not JSON.
+        """
+        file = self.path / name
+        if file.is_symlink():
+            raise RunFolderError(f"{file}: a link, which is not followed")
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(value, dict):
+                raise ValueError("not a JSON object")
+            return value
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RunFolderError(f"{file}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise RunFolderError(f"{file}: {error}") from None
+
+    def _check(self, config: dict[str, Any], may_differ: Collection[str]) -> None:
+        old = self.read("config.json")
+        if old is not None and (differing := changes(old, config, may_differ)):
+            raise RunFolderError(
+                f"{self.path} holds a run with another config ({'; '.join(differing)}): "
+                "name another folder with --run"
+            )
+
+    @contextlib.contextmanager
+    def claim(
+        self,
+        config: dict[str, Any],
+        may_differ: Collection[str],
+        check: Callable[[], None] = lambda: None,
+        rewrite: bool = True,
+    ) -> Iterator[None]:
+        """Makes the folder, holds it for this process alone, and writes config.json.
+
+        Raises RunFolderError, and writes nothing, where it cannot, where another process holds the
+        folder, or where it holds another config, old and new values named. Fields in `may_differ`
+        do not change what is learned, and may change between resumptions. Without `rewrite` a
+        config.json that is there stays, until it is clear that there is anything to do.
+        """
+        with named(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                # The system releases it when the process ends, however it does.
+                held = filelock.FileLock(self.path / ".lock").acquire(timeout=0)
+            except filelock.Timeout:
+                raise RunFolderError(f"{self.path}: another process is working in it") from None
+        with held:
+            self._check(config, may_differ)
+            check()
+            if rewrite or self.read("config.json") is None:
+                write_json(self.path / "config.json", config)
+            yield
+
+    def set_aside(self, steps: int) -> None:
+        """Renames what a finished run of `steps` left (`results-7500.json`): it is to be extended.
+
+        The results first, so that a folder cut short in between counts as unfinished.
+        """
+        for name in ("results.json", "report.html", "translations.tsv", "learning_curve.svg"):
+            file = self.path / name
+            if file.exists():
+                file.replace(file.with_stem(f"{file.stem}-{steps}"))
+
+    def sittings(self) -> list[int]:
+        """The steps that training has gone on at so far.
+
+        Raises RunFolderError where resumed_from.json does not hold them.
+        """
+        noted = self.read("resumed_from.json")
+        steps = [] if noted is None else noted.get("steps")
+        if not isinstance(steps, list) or not all(isinstance(step, int) for step in steps):
+            raise RunFolderError(f"{self.path / 'resumed_from.json'}: no list of steps")
+        return steps
+
+    def note_sitting(self, step: int) -> list[int]:
+        """Notes that training goes on at `step`; returns the steps that it has gone on at so far.
+
+        Step 0 is no going on but a beginning, which forgets the others.
+        """
+        resumed = [*self.sittings(), step] if step else []
+        write_json(self.path / "resumed_from.json", {"steps": resumed})
+        return resumed
+
+    def check_shared(self, seconds: float = 60) -> None:
+        """Raises RunFolderError where this process does not see what the first one has written.
+
+        A network's file system may take some seconds to show it.
+        """
+        file = self.path / "resumed_from.json"
+        deadline = time.monotonic() + seconds
+        while not file.exists():
+            if time.monotonic() > deadline:
+                raise RunFolderError(
+                    f"{file}: not here, though process 0 has written it: --run must name a folder "
+                    "that all processes see"
+                )
+            time.sleep(0.5)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are measurements, not skipped steps."""
+        return [line for line in self.lines() if "skipped" not in line]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The objects of metrics.jsonl so far; a last line cut short is dropped."""
+        file = self.path / "metrics.jsonl"
+        if file.is_symlink():
+            raise RunFolderError(f"{file}: a link, which is not followed")
+        with named(file):
+            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        read = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                read.append(dict(json.loads(line)))
+                place = "batch" if "skipped" in read[-1] else "step"
+                if not isinstance(read[-1].get(place), int):
+                    raise ValueError(f"no {place}")
+            except (ValueError, TypeError, RecursionError) as error:
+                raise RunFolderError(f"{file}, line {number}: not a line of it ({error})") from None
+        return read
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and the TensorBoard events, from `first_step` on.
+
+    Lines at or after `first_step`, logged by a run that was cut off before it could save, are
+    dropped: the steps are about to be done again. So are those of steps that were skipped with
+    batches beyond the first `batches`.
+    """
+
+    def __init__(self, folder: RunFolder, first_step: int, batches: int = 0) -> None:
+        kept = [
+            m for m in folder.lines()
+            if (m["batch"] <= batches if "skipped" in m else m["step"] < first_step)
+        ]  # fmt: skip
+        path, self._directory = folder.path / "metrics.jsonl", folder.path / "tensorboard"
+        if self._directory.is_symlink():
+            raise RunFolderError(f"{self._directory}: a link, which is not followed")
+        write_text(path, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+        with named(path):
+            self._file = path.open("a", encoding="utf-8")
+        with named(self._directory):
+            self._directory.mkdir(exist_ok=True)
+            # Not SummaryWriter: its thread dies of a full disk, and the next writes wait for ever.
+            self._events = EventsWriter(str(self._directory / "events"))
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add_event(step=first_step, session_log=restart)  # hides what is done again
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # What could not be written has been told; closing tries once more.
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """One line; every number but the step also becomes a TensorBoard scalar.
+
+        A number that is not finite becomes null, since JSON has no other word for it.
+        Raises RunFolderError where it cannot be written.
+        """
+        metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._append(metrics)
+        for name, value in metrics.items():
+            if name != "step" and value is not None:
+                self._add_event(step=metrics["step"], summary=scalar(name, value))
+        with named(self._directory):
+            self._events.flush()
+
+    def write_skipped(self, skipped: dict[str, Any]) -> None:
+        """The line of a step that made no update: `step`, `batch`, `why`."""
+        self._append(skipped | {"skipped": True})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with named(Path(self._file.name)):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def _add_event(self, **content: Any) -> None:
+        with named(self._directory):
+            self._events.write_event(event_pb2.Event(wall_time=time.time(), **content))

@@ -1,0 +1,1 @@
+"""What an answer is worth: edit distance, error rates, BLEU and chrF."""

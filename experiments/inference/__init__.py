@@ -1,0 +1,1 @@
+"""Trained models at work: words pronounced, sentences translated, pairs scored."""

@@ -1,0 +1,48 @@
+"""Several translation models as one."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.errors import UserError
+from experiments.inference.search import Mean
+from experiments.inference.translator import Translator, load
+
+
+class EnsembleError(UserError):
+    """Why models cannot work together."""
+
+
+def ensemble(members: Sequence[tuple[str, Translator]], mean: Mean = "log_linear") -> Translator:
+    """Named translators as one, under the first's settings and the least of their lengths.
+
+    Raises:
+      EnsembleError: names the first whose vocabularies are not those of the first of all.
+    """
+    (first_name, first), *others = members
+    for name, other in others:
+        for side in ("source", "target"):
+            a, b = getattr(first, side), getattr(other, side)
+            if a.sha256 != b.sha256:
+                raise EnsembleError(
+                    f"{name}: its {side} vocabulary is not that of {first_name} "
+                    f"(SHA-256 {b.sha256[:12]}…, not {a.sha256[:12]}…), so they are no ensemble"
+                )
+    everyone = [first, *(other for _, other in others)]
+    settings = dataclasses.replace(
+        first.settings,
+        source_length=min(one.settings.source_length for one in everyone),
+        target_length=min(one.settings.target_length for one in everyone),
+    )
+    return dataclasses.replace(first, settings=settings, others=tuple(everyone[1:]), mean=mean)
+
+
+def load_together(
+    runs: Sequence[Path],
+    int8: bool = False,
+    mean: Mean | None = None,
+    functions: str | None = None,
+) -> Translator:
+    """The models of one or several run folders as one; raises as `load` and `ensemble`."""
+    members = [(str(run), load(run, int8, functions)) for run in runs]
+    return ensemble(members, mean or "log_linear") if len(members) > 1 else members[0][1]

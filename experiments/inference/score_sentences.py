@@ -1,0 +1,85 @@
+"""Pairs on standard input, their log-probabilities on standard output, line for line."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from experiments.errors import UserError
+from experiments.inference.ensemble import load_together
+from experiments.inference.hypotheses import Scored
+from experiments.inference.lines import LONGEST, LineError, Tally, serve, text_of
+from experiments.inference.predict import lines_of
+from experiments.inference.predict_sentences import LEFT_EMPTY
+from experiments.inference.translator import Translator
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """Reads lines `source<TAB>target`, and writes ln P(target | source) and its tokens for each."""
+
+    run: Path = Path("runs/translate")
+    """Folder of a finished (or stopped) run of translation."""
+    ensemble: tuple[Path, ...] = ()
+    """Folders of further runs with the same vocabularies, to score together with."""
+    mean: Literal["log_linear", "linear"] | None = None
+    """With ensemble: the mean of the log-probabilities, or (linear) of the probabilities. None:
+    log_linear."""
+    int8: bool = False
+    """Multiply by matrices in 8 bits (`tfm.quantize`)."""
+    functions: str | None = None
+    """FILE:NAME of the `tfm.Functions` that the run was trained with (my.py:MINE)."""
+    per_token: bool = False
+    """Two more columns: the pieces of the target, and the log-probability of each."""
+
+    def __post_init__(self) -> None:
+        if self.mean is not None and not self.ensemble:
+            raise ValueError(f"mean={self.mean} goes with an ensemble")
+
+
+class Scoring:
+    """The answers to lines: empty where a line is empty or refused."""
+
+    def __init__(self, translator: Translator, config: ScoreConfig) -> None:
+        self._translator, self._config = translator, config
+
+    def __call__(
+        self, chunk: list[tuple[int, bytes]], tally: Tally, done: Callable[[int], None]
+    ) -> Iterator[str]:
+        """The answers to numbered lines; what is wrong with a line is told to `tally`."""
+        pairs = [self._read(*line, tally) for line in chunk]
+        good = [pair for pair in pairs if pair is not None]
+        scored = iter(self._translator.score(good, done) if good else [])
+        for pair in pairs:
+            yield "" if pair is None else self._columns(next(scored))
+
+    def _read(self, number: int, line: bytes, tally: Tally) -> tuple[str, str] | None:
+        try:
+            pair = tuple(text.strip(" ") for text in text_of(number, line).split("\t"))
+            if pair == ("",):
+                return None
+            if len(pair) != 2:
+                raise LineError(f"{len(pair)} columns, not source<TAB>target")
+            if not all(pair):
+                raise LineError(f"an empty {'target' if pair[0] else 'source'}")
+            self._translator.check(*pair)
+            return pair
+        except UserError as error:
+            tally.tell(number, str(error), LEFT_EMPTY)
+            return None
+
+    def _columns(self, scored: Scored) -> str:
+        columns = [f"{scored.log_prob:.6f}", str(len(scored.ids))]
+        if self._config.per_token:
+            columns.append(" ".join(self._translator.target.to_pieces(scored.ids)))
+            columns.append(" ".join(f"{value:.6f}" for value in scored.log_probs))
+        return "\t".join(columns)
+
+
+def run(config: ScoreConfig) -> None:
+    """Standard input to standard output. Raises UserError for runs that cannot be loaded."""
+    translator = load_together(
+        [config.run, *config.ensemble], config.int8, config.mean, config.functions
+    )
+    serve("scoring", Scoring(translator, config), lines_of(sys.stdin.buffer, LONGEST))

@@ -1,0 +1,130 @@
+"""What the pronunciation task shows of a trained model: a table, words, attention, a report."""
+
+import shlex
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.checkpoints.run_folder import RunFolder, write_text
+from experiments.data.pronunciations import Lexicon
+from experiments.evaluation import error_rates
+from experiments.inference.pronouncer import Pronouncer, UnpronounceableError
+from experiments.reporting.figures import learning_curves_file
+from experiments.reporting.report import AttentionMap, Example, write_report
+
+FAMILIAR = ("knowledge", "physician", "laughter", "rough", "theology", "champagne", "psychic",
+            "weather", "autumn", "thorough", "mosquito", "chaos")  # fmt: skip
+INVENTED = ("blorptastic", "snizzle", "quorbly", "transformerize", "phlant", "zhoodle")
+NUM_EXAMPLES, NUM_MISTAKES, NUM_CONFUSIONS, NUM_MAPS = 6, 20, 20, 4
+
+
+def pick(lexicon: Lexicon, n: int) -> list[str]:
+    """n words to show: familiar ones where the lexicon has them, else spread over the alphabet."""
+    words = sorted(lexicon)
+    spread = words[:: max(1, len(words) // n)]
+    return list(dict.fromkeys([*(w for w in FAMILIAR if w in lexicon), *spread]))[:n]
+
+
+def _invented(pronouncer: Pronouncer) -> list[str]:
+    def possible(word: str) -> bool:
+        try:
+            return bool(pronouncer.encode(word))
+        except UnpronounceableError:  # a lexicon of another alphabet
+            return False
+
+    return [word for word in INVENTED if possible(word)]
+
+
+def make_examples(
+    pronouncer: Pronouncer,
+    train: Lexicon,
+    test: Lexicon,
+    hypotheses: dict[str, tuple[str, ...]],
+) -> list[Example]:
+    """Seen, unseen and invented words, and some of the test words that came out wrong."""
+    wrong = [word for word, phones in hypotheses.items() if phones not in test[word]]
+    groups = {
+        "seen": pick(train, NUM_EXAMPLES),
+        "unseen": pick(test, NUM_EXAMPLES),
+        "invented": _invented(pronouncer),
+        "wrong": wrong[:: max(1, len(wrong) // NUM_MISTAKES)][:NUM_MISTAKES],
+    }
+    words = [(word, group) for group, members in groups.items() for word in members]
+    said = pronouncer([word for word, _ in words])
+    known = train | test
+    return [
+        Example(
+            word=word,
+            group=group,
+            hypothesis=str(hypothesis),
+            references=[" ".join(r) for r in known.get(word, [])] if group != "invented" else [],
+            score=hypothesis.score,
+        )
+        for (word, group), hypothesis in zip(words, said, strict=True)
+    ]
+
+
+def attention_maps(pronouncer: Pronouncer, words: list[str]) -> list[AttentionMap]:
+    """The cross-attention of every head while the model says its own pronunciation."""
+    return [
+        AttentionMap(
+            word=word,
+            letters=[*word, "</s>"],
+            sounds=[*said.phones, "</s>"],
+            weights=pronouncer.cross_attention(word, said.phones),
+        )
+        for word, said in zip(words, pronouncer(words), strict=True)
+    ]
+
+
+def show(results: dict[str, Any], examples: list[Example]) -> None:
+    """The result and a handful of words, on standard output."""
+    console = Console()
+    table = Table(title=f"Seed {results['seed']}, beam {results['beam']}", show_header=True)
+    for column in ("words", "count", "WER", "PER"):
+        table.add_column(column, justify="left" if column == "words" else "right")
+    for part, name in (("valid", "validation"), ("test", "test")):
+        rates = (f"{results[f'{part}_{rate}']:.2%}" for rate in ("wer", "per"))
+        table.add_row(name, f"{results[f'{part}_words']:,}", *rates)
+    console.print(table)
+    words = Table(title="Pronounced")
+    for column in ("", "word", "pronunciation", "dictionary"):
+        words.add_column(column)
+    for example in examples:
+        if example.group != "wrong":
+            words.add_row(
+                example.group, example.word, example.hypothesis, " | ".join(example.references)
+            )
+    console.print(words)
+
+
+def report(
+    config: dict[str, Any],
+    lexicons: Any,
+    folder: RunFolder,
+    pronouncer: Pronouncer,
+    results: dict[str, Any],
+    hypotheses: list[tuple[str, ...]],
+) -> None:
+    """Prints the tables and writes report.html."""
+    test = lexicons.test
+    by_word = dict(zip(test, hypotheses, strict=True))
+    examples = make_examples(pronouncer, lexicons.train, test, by_word)
+    counts = error_rates.confusions(hypotheses, list(test.values())).most_common(NUM_CONFUSIONS)
+    curves = learning_curves_file(folder.metrics())
+    write_text(folder.path / "learning_curve.svg", curves)
+    write_report(
+        folder.report,
+        title="Pronouncing with a Transformer",
+        command=shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
+        config=config,
+        results=results,
+        metrics=folder.metrics(),
+        attention=attention_maps(pronouncer, pick(test, NUM_MAPS)),
+        confusions=[(*pair, count) for pair, count in counts],
+        examples=examples,
+    )
+    show(results, examples)
+    print(f"report: {folder.report}")

@@ -1,0 +1,284 @@
+"""Learn to pronounce English words from CMUdict: letters in, sounds out."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.checkpoints.run_folder import RunFolder, plain, write_json
+from experiments.data import pronunciations
+from experiments.data.packing import packed_batches
+from experiments.data.pronunciations import DataError, Lexicon
+from experiments.data.vocabulary import BOS, Vocabulary
+from experiments.distributed.processes import Processes
+from experiments.evaluation import error_rates
+from experiments.functions import identity_of, make_model
+from experiments.inference.pronouncer import Pronouncer
+from experiments.pronounce.report import report
+from experiments.training.checkpointer import check_newest
+from experiments.training.placement import Layout, divisible
+from experiments.training.task import (
+    MAY_DIFFER,
+    TrainingConfig,
+    check_same_run,
+    decide_compute_dtype,
+    distributed_session,
+    make_valid_loss,
+    parameter_count,
+    train_model,
+    write_params,
+)
+from tfm.config import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PronounceConfig(TrainingConfig):
+    """Train a Transformer to pronounce words, and report how well it does."""
+
+    preset: Literal["default", "full"] = "default"
+    """What the other flags start from: default takes minutes on two cores, full over an hour."""
+    run: Path = Path("runs/pronounce")
+    """Folder of the run: config, metrics, checkpoints, results, report."""
+    train_file: Path | None = None
+    """Training lexicon, lines `word<TAB>PH PH …`. None: CMUdict and its test words."""
+    valid_file: Path | None = None
+    """Validation lexicon. None: a part of the training words, whole word families."""
+    test_file: Path | None = None
+    """Test lexicon. None beside a train_file: the validation words are the test."""
+    model: TransformerConfig = TransformerConfig(
+        vocab_size=42, source_vocab_size=30, d_model=128, d_ff=512, num_heads=4,
+        num_encoder_layers=2, num_decoder_layers=2, dropout_rate=0.0,
+    )  # fmt: skip
+    """The Transformer. Its vocabulary sizes must be those of the data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_file is None and (self.valid_file or self.test_file):
+            raise ValueError("valid_file and test_file go with a train_file")
+
+
+PRESETS = {
+    "default": PronounceConfig(),
+    "full": PronounceConfig(
+        preset="full",
+        run=Path("runs/pronounce-full"),
+        steps=27_000,
+        evaluate_every=1500,
+        model=TransformerConfig(
+            vocab_size=42, source_vocab_size=30, d_model=256, d_ff=1024, num_heads=4,
+            num_encoder_layers=4, num_decoder_layers=2, dropout_rate=0.05,
+        ),
+        learning_rate=4e-4,
+        warmup_steps=2000,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Lexicons:
+    """The words of one run, and its vocabularies."""
+
+    train: Lexicon
+    valid: Lexicon
+    test: Lexicon
+    letters: Vocabulary
+    phones: Vocabulary
+
+    def parts(self) -> dict[str, Lexicon]:
+        """The words by what they are for."""
+        return {"training": self.train, "validation": self.valid, "test": self.test}
+
+
+def load_lexicons(config: PronounceConfig) -> Lexicons:
+    """CMUdict under its split, or the files that the config names.
+
+    Raises DataError: a file that is missing, empty or malformed.
+    """
+    if config.train_file is None:
+        parts = pronunciations.split_by_family(pronunciations.load_cmudict())
+    else:
+        train = pronunciations.read_lexicon(config.train_file)
+        if config.valid_file is None:
+            train, valid = pronunciations.carve_validation(train)
+        else:
+            valid = pronunciations.read_lexicon(config.valid_file)
+        parts = (
+            train,
+            valid,
+            pronunciations.read_lexicon(config.test_file) if config.test_file else valid,
+        )
+    # Of all parts, so that a rare letter in a test word is a hard word, not an error.
+    letters = Vocabulary.of(word for part in parts for word in part)
+    phones = Vocabulary.of(p for part in parts for variants in part.values() for p in variants)
+    return Lexicons(*parts, letters, phones)
+
+
+def resolve(
+    config: PronounceConfig, lexicons: Lexicons, folder: RunFolder | None = None
+) -> PronounceConfig:
+    """The config with the vocabulary sizes of the data, padded as in the folder's last sitting.
+
+    Raises DataError where --model names other sizes than the data has.
+    """
+    sizes = {"vocab_size": lexicons.phones.size, "source_vocab_size": lexicons.letters.size}
+    default = PRESETS["default"].model
+    for name, size in sizes.items():
+        asked = getattr(config.model, name)
+        if asked not in (size, getattr(default, name)):
+            raise DataError(f"--model.{name}={asked}, but the data's vocabulary has {size} symbols")
+    model = divisible(dataclasses.replace(config.model, **sizes), config.mesh, folder)
+    return dataclasses.replace(config, model=model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Error rates as fractions, and the hypotheses that they come from."""
+
+    wer: float
+    per: float
+    hypotheses: list[tuple[str, ...]]
+
+
+def score(pronouncer: Pronouncer, lexicon: Lexicon, beam: int | None = None) -> Score:
+    """WER and PER of the best pronunciations of all words of a lexicon."""
+    hypotheses = [p.phones for p in pronouncer(list(lexicon), beam)]
+    references = list(lexicon.values())
+    return Score(
+        error_rates.word_error_rate(hypotheses, references),
+        error_rates.phone_error_rate(hypotheses, references),
+        hypotheses,
+    )
+
+
+def make_evaluate(lexicons: Lexicons, pronouncer: Pronouncer) -> Callable[[Any], dict[str, float]]:
+    """params -> `valid_wer`, `valid_per`.
+
+    The words are decoded greedily: this is to watch the training, and the beam is for the result.
+    """
+
+    def evaluate(params: Any) -> dict[str, float]:
+        found = score(dataclasses.replace(pronouncer, params=params), lexicons.valid, beam=1)
+        return {"valid_wer": found.wer, "valid_per": found.per}
+
+    return evaluate
+
+
+def fit(
+    config: PronounceConfig,
+    lexicons: Lexicons,
+    examples: list[dict[str, Any]],
+    identity: dict[str, Any],
+    folder: RunFolder,
+    layout: Layout | None = None,
+    processes: Processes = Processes(),  # noqa: B008 (alone it has no state)
+) -> tuple[Pronouncer, dict[str, Any]]:
+    """Trains (or goes on training); returns the pronouncer and what there is to say of the run.
+
+    layout, processes: None and alone: by the config's mesh, in this process.
+
+    Raises SystemExit after SIGINT or SIGTERM, with everything saved.
+    """
+    layout = layout or Layout(config.mesh, config.model, config.rows, config.accumulation)
+    batches = packed_batches(
+        examples, rows=config.rows, source_length=config.source_length,
+        target_length=config.target_length, seed=config.seed, own=layout.own_rows,
+    )  # fmt: skip
+    untrained = Pronouncer(
+        make_model(config.model, config.functions), {}, lexicons.letters, lexicons.phones,
+        config.source_length, config.target_length, config.beam, config.alpha,
+    )  # fmt: skip
+    valid = pronunciations.examples(lexicons.valid, lexicons.letters, lexicons.phones)
+    params, facts = train_model(
+        config, BOS, batches, make_valid_loss(config, valid, BOS, layout),
+        make_evaluate(lexicons, untrained), identity, folder, layout, processes,
+    )  # fmt: skip
+    return dataclasses.replace(untrained, params=params), facts
+
+
+def results_of(config: PronounceConfig, about: dict, valid: Score, test: Score) -> dict[str, Any]:
+    """results.json: error rates as fractions."""
+    return {
+        "test_wer": test.wer,
+        "test_per": test.per,
+        "valid_wer": valid.wer,
+        "valid_per": valid.per,
+        "test_words": len(test.hypotheses),
+        "valid_words": len(valid.hypotheses),
+        **about,
+        "seed": config.seed,
+        "beam": config.beam,
+        "weights": "of the last step",
+    }
+
+
+def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str, Any]], str]:
+    """The training examples, and the fingerprint of all data.
+
+    Raises DataError for words that no packed row can hold.
+    """
+    vocabularies = (lexicons.letters, lexicons.phones)
+    made = {
+        name: pronunciations.examples(part, *vocabularies)
+        for name, part in lexicons.parts().items()
+    }
+    for name, examples in made.items():
+        try:
+            pronunciations.check_lengths(examples, config.source_length, config.target_length)
+        except DataError as error:
+            raise DataError(f"{name} words: {error}") from None
+    return made["training"], pronunciations.fingerprint(sum(made.values(), []), *vocabularies)
+
+
+def run(config: PronounceConfig) -> None:
+    """The whole job: data, training, evaluation, report."""
+    with distributed_session(config) as processes:
+        folder = RunFolder(config.run)
+        config = dataclasses.replace(config, model=decide_compute_dtype(config.model, folder))
+        make_model(config.model, config.functions)  # so that what does not fit is told at once
+        lexicons = load_lexicons(config)
+        config = resolve(config, lexicons, folder)
+        layout = Layout(config.mesh, config.model, config.rows, config.accumulation)
+        examples, fingerprint = prepare(config, lexicons)
+        as_json = plain(config) | identity_of(config.functions) | {"data_sha256": fingerprint}
+        vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
+        identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
+        identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
+        check_same_run(processes, as_json)
+        train = partial(fit, config, lexicons, examples, identity, folder, layout, processes)
+        if processes.is_first:
+            lead(config, lexicons, as_json, identity, processes, train)
+        elif processes.from_first(slow=True):
+            train()
+
+
+def lead(
+    config: PronounceConfig,
+    lexicons: Lexicons,
+    as_json: dict[str, Any],
+    identity: dict[str, Any],
+    processes: Processes,
+    train: Callable[[], tuple[Pronouncer, dict[str, Any]]],
+) -> None:
+    """What one process does for all: it holds the folder, speaks, and reports."""
+    folder = RunFolder(config.run)
+    check = partial(check_newest, folder, config.steps, identity)
+    with folder.claim(as_json, MAY_DIFFER, check, rewrite=False):
+        done = folder.read("results.json")
+        processes.from_first(not done or done.get("steps") != config.steps, slow=True)
+        if done and done.get("steps") == config.steps:
+            print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
+            return
+        write_json(folder.path / "config.json", as_json)
+        if done:
+            folder.set_aside(done.get("steps", 0))
+        sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]
+        print(*sizes, f"{parameter_count(config):,} parameters", sep=", ", flush=True)
+        pronouncer, about = train()
+        valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
+        results = results_of(config, about, valid, test)
+        report(as_json, lexicons, folder, pronouncer, results, test.hypotheses)
+        write_params(folder, config.model, pronouncer.params, results["steps"])
+        # Last, so that a folder with results is a folder with everything.
+        write_json(folder.path / "results.json", results)

@@ -1,0 +1,74 @@
+"""What a translator is worth: its translations of known text, scored, and results.json."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+
+from experiments.data.token_store import Store
+from experiments.evaluation import bleu
+from experiments.inference.translator import Translator
+from experiments.translate.config import TranslateConfig
+from experiments.translate.texts import Texts
+
+
+def translated(translator: Translator, sources: Sequence[str], **options: Any) -> list[str]:
+    """A translation of each sentence, in parts where it is too long; of a blank one a blank."""
+    found = iter(translator([s for s in sources if s.strip()], long="split", **options))
+    return [next(found) if s.strip() else "" for s in sources]
+
+
+def make_evaluate(
+    texts: Texts, translator: Translator, evaluated: int
+) -> Callable[[chex.ArrayTree], dict[str, float]]:
+    """params -> `valid_bleu` of the first `evaluated` validation pairs.
+
+    The sentences are decoded greedily: this is to watch the training, and the beam is for the
+    result.
+    """
+    sources, references = zip(*texts.valid[:evaluated], strict=True)
+
+    def evaluate(params: chex.ArrayTree) -> dict[str, float]:
+        own = dataclasses.replace(translator, params=params)
+        return {"valid_bleu": bleu.bleu(translated(own, sources, beam=1), references).score}
+
+    return evaluate
+
+
+def scores(translations: list[str], references: list[str]) -> dict[str, bleu.Measure]:
+    """BLEU, BLEU of the text as its spaces part it, and chrF."""
+    return {
+        "bleu": bleu.bleu(translations, references),
+        "bleu_pretokenized": bleu.bleu_pretokenized(translations, references),
+        "chrf": bleu.chrf(translations, references),
+    }
+
+
+def results_of(
+    config: TranslateConfig, store: Store, vocabulary_size: int, about: dict[str, Any],
+    measured: dict[str, dict[str, bleu.Measure]], texts: Texts,
+) -> dict[str, Any]:  # fmt: skip
+    """results.json: scores from 0 to 100, with their signatures and intervals beside them."""
+    found = {
+        f"{part}_{name}": measure.score
+        for part, measures in measured.items()
+        for name, measure in measures.items()
+    }
+    details = {
+        part: {name: measure.to_json() for name, measure in measures.items()}
+        for part, measures in measured.items()
+    }
+    return found | {
+        "scores": details,
+        "test_sentences": len(texts.test),
+        "valid_sentences": len(texts.valid),
+        "test_is_valid": not config.test,
+        "cleaned": store.facts["cleaned"],
+        "train_tokens": store.tokens,
+        "vocabulary_size": vocabulary_size,
+        **about,
+        "seed": config.seed,
+        "beam": config.beam,
+        "alpha": config.alpha,
+    }

@@ -1,1 +1,0 @@
-"""Translation: parallel text, subwords, and trained translators."""
