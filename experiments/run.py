@@ -124,7 +124,8 @@ def predict(arguments: list[str]) -> None:
     """Parses the flags, and pronounces or translates standard input."""
     import tyro
 
-    from experiments.inference.predict import PredictConfig, run
+    from experiments.inference.predict import run
+    from experiments.inference.predict_config import PredictConfig
 
     run(tyro.cli(PredictConfig, args=arguments, prog="python -m experiments.run predict"))
 

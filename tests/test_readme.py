@@ -61,7 +61,7 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     from experiments.bench.referee import BenchConfig
     from experiments.claims.ledger import ClaimsConfig
     from experiments.distributed.cluster import ClusterConfig
-    from experiments.inference.predict import PredictConfig
+    from experiments.inference.predict_config import PredictConfig
     from experiments.inference.score_sentences import ScoreConfig
     from experiments.interop.convert import ExportConfig, ImportConfig
     from experiments.plan.plan import PlanConfig

@@ -24,6 +24,15 @@ class LineError(UserError):
     """What is wrong with one line."""
 
 
+def lines_of(stream: BinaryIO, longest: int) -> Iterator[bytes]:
+    """The lines of a stream, split at \\n alone; of one longer than `longest` the beginning."""
+    while line := stream.readline(longest):
+        rest = line
+        while len(rest) == longest and not rest.endswith(b"\n"):
+            rest = stream.readline(longest)
+        yield line
+
+
 class Tally(collections.Counter):
     """Says what is wrong with a line on standard error, and counts what was said."""
 

@@ -1,155 +1,13 @@
 """Standard input to standard output, line for line: words are pronounced, sentences translated."""
 
-import dataclasses
-import itertools
-import math
-import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import BinaryIO, Literal
-
 from experiments.checkpoints.run_folder import RunFolder
 from experiments.errors import UserError
-from experiments.inference.pronouncer import Pronouncer, UnpronounceableError, load
-from experiments.streams import to_reader
-
-LINES_AT_ONCE = 4096  # sorted by length within; enough to fill batches, little to hold
-LONGEST = 1 << 12  # bytes of a line that are looked at; the rest of a longer one is dropped
+from experiments.inference import predict_words
+from experiments.inference.predict_config import PredictConfig
 
 
 class PredictError(UserError):
     """What was asked of a run that it cannot do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PredictConfig:
-    """Reads words or sentences, one a line, and writes one pronunciation or translation a line."""
-
-    run: Path = Path("runs/pronounce")
-    """Folder of a finished (or stopped) run, of pronunciation or translation."""
-    beam: int | None = None
-    """Beam width. None: that of the run, or nbest where that is larger."""
-    nbest: int | None = None
-    """Write the N best, a line each, its columns separated by tabs: the word (of a translation, the
-    number of the line), the score and the pronunciation or translation."""
-    alpha: float | None = None
-    """Exponent of the length penalty. None: that of the run."""
-    int8: bool = False
-    """Multiply by matrices in 8 bits (`tfm.quantize`): faster where the processor has such
-    products; a few answers differ."""
-    functions: str | None = None
-    """FILE:NAME of the `tfm.Functions` that the run was trained with (my.py:MINE)."""
-    sample: bool = False
-    """Translation only: draw at random in the place of a search; nbest draws so many."""
-    temperature: float | None = None
-    """With sample: above 1 evens the probabilities out, below 1 sharpens them. None: 1."""
-    top_k: int | None = None
-    """With sample: only the k likeliest tokens may come."""
-    top_p: float | None = None
-    """With sample: only the smallest set of tokens of at least this probability may come."""
-    seed: int | None = None
-    """With sample: what is drawn for a line depends on it, the line and its number. None: 0."""
-    prefix: Path | None = None
-    """Translation only: a file with what each line's translation begins with, a line each."""
-    ensemble: tuple[Path, ...] = ()
-    """Translation only: folders of further runs with the same vocabularies, to translate together
-    with."""
-    mean: Literal["log_linear", "linear"] | None = None
-    """With ensemble: the mean of the log-probabilities, or (linear) of the probabilities. None:
-    log_linear."""
-    align: bool = False
-    """Translation only: one more column, `i-j` for source piece i and target piece j."""
-    long: Literal["refuse", "split"] | None = None
-    """Translation only: what becomes of a line longer than the model was trained for. None: refuse
-    leaves it empty, and says so; split translates it in parts."""
-
-    def __post_init__(self) -> None:
-        self._check_search()
-        self._check_sampling()
-        if self.mean is not None and not self.ensemble:
-            raise ValueError(f"mean={self.mean} goes with an ensemble")
-
-    def _check_search(self) -> None:
-        for name in ("beam", "nbest"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.beam is not None and self.nbest is not None and self.nbest > self.beam:
-            raise ValueError(f"nbest={self.nbest} must be at most beam={self.beam}")
-        if self.alpha is not None and not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha={self.alpha} must be at least 0 and finite")
-
-    def _check_sampling(self) -> None:
-        for name in ("temperature", "top_k", "top_p", "seed"):
-            if getattr(self, name) is not None and not self.sample:
-                raise ValueError(f"{name}={getattr(self, name)} goes with sample")
-        for name in ("beam", "alpha"):
-            if getattr(self, name) is not None and self.sample:
-                raise ValueError(f"{name}={getattr(self, name)} is for a search, not for sample")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be positive and finite")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
-        if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
-
-    def only_for_translation(self) -> list[str]:
-        """The names of the flags given that only a translation run knows."""
-        given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
-        return sorted(given - {"run", "beam", "nbest", "alpha", "int8", "functions"})
-
-
-def lines_of(stream: BinaryIO, longest: int = LONGEST) -> Iterator[bytes]:
-    """The lines of a stream, split at \\n alone; of one longer than `longest` the beginning."""
-    while line := stream.readline(longest):
-        rest = line
-        while len(rest) == longest and not rest.endswith(b"\n"):
-            rest = stream.readline(longest)
-        yield line
-
-
-def _decode_line(pronouncer: Pronouncer, number: int, line: bytes) -> str | None:
-    """The word of a line, or None with the reason on standard error."""
-    if len(line) == LONGEST:
-        print(f"line {number}: longer than {LONGEST} bytes", file=sys.stderr)
-        return None
-    try:
-        # utf-8-sig: a byte order mark before the first word is no letter of it.
-        word = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r\n")
-        pronouncer.encode(word)
-        return word
-    except UnicodeDecodeError:
-        print(f"line {number}: invalid UTF-8", file=sys.stderr)
-    except UnpronounceableError as error:
-        print(f"line {number}: {error}", file=sys.stderr)
-    return None
-
-
-def predict(
-    pronouncer: Pronouncer,
-    lines: Iterable[bytes],
-    config: PredictConfig,
-    at_once: int = LINES_AT_ONCE,
-) -> Iterator[str]:
-    """One line for each line of input (`nbest` lines where that is asked for).
-
-    A line that cannot be pronounced gives empty ones, so that input and output stay in step.
-    """
-    n = config.nbest or 1
-    numbered = enumerate(lines, start=1)
-    while chunk := list(itertools.islice(numbered, at_once)):
-        words = [_decode_line(pronouncer, number, line) for number, line in chunk]
-        good = [word for word in words if word is not None]
-        found = iter(pronouncer.nbest(good, n, config.beam) if good else [])
-        for word in words:
-            if word is None:
-                yield from [""] * n
-            elif config.nbest is None:
-                yield str(next(found)[0])
-            else:
-                yield from (f"{word}\t{p.score:.4f}\t{p}" for p in next(found))
 
 
 def run(config: PredictConfig) -> None:
@@ -158,27 +16,11 @@ def run(config: PredictConfig) -> None:
     Raises PredictError for flags that the run has no use for.
     """
     if (RunFolder(config.run).read("config.json") or {}).get("task") == "translate":
-        from experiments.inference.predict_sentences import run as translate
+        from experiments.inference import predict_sentences  # what it needs takes long to import
 
-        translate(config)
+        predict_sentences.run(config)
         return
     if flags := config.only_for_translation():
         named = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
         raise PredictError(f"{named}: for translation alone, and {config.run} is no such run")
-    pronounce(config)
-
-
-def pronounce(config: PredictConfig) -> None:
-    """Standard input to standard output, with a run of pronunciation."""
-    pronouncer = load(config.run, config.int8, config.functions)
-    if config.alpha is not None:
-        pronouncer = dataclasses.replace(pronouncer, alpha=config.alpha)
-    at_once = 1 if sys.stdin.isatty() else LINES_AT_ONCE  # a person waits for each answer
-    output = sys.stdout.buffer  # UTF-8 whatever the locale: the input is UTF-8 too
-    for line in predict(pronouncer, lines_of(sys.stdin.buffer), config, at_once):
-        with to_reader():
-            output.write(line.encode() + b"\n")
-            if at_once == 1:
-                output.flush()
-    with to_reader():
-        output.flush()
+    predict_words.run(config)

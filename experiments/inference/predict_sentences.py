@@ -9,8 +9,16 @@ from pathlib import Path
 from experiments.errors import UserError
 from experiments.inference.ensemble import load_together
 from experiments.inference.hypotheses import Hypothesis, pharaoh
-from experiments.inference.lines import LONGEST, LineError, Tally, one_line, serve, text_of
-from experiments.inference.predict import PredictConfig, lines_of
+from experiments.inference.lines import (
+    LONGEST,
+    LineError,
+    Tally,
+    lines_of,
+    one_line,
+    serve,
+    text_of,
+)
+from experiments.inference.predict_config import PredictConfig
 from experiments.inference.segmentation import TooLongError
 from experiments.inference.translator import Translator
 

@@ -9,8 +9,7 @@ from typing import Literal
 from experiments.errors import UserError
 from experiments.inference.ensemble import load_together
 from experiments.inference.hypotheses import Scored
-from experiments.inference.lines import LONGEST, LineError, Tally, serve, text_of
-from experiments.inference.predict import lines_of
+from experiments.inference.lines import LONGEST, LineError, Tally, lines_of, serve, text_of
 from experiments.inference.predict_sentences import LEFT_EMPTY
 from experiments.inference.translator import Translator
 

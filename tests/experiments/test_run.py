@@ -26,7 +26,7 @@ from killing import call
 from experiments import run as command
 from experiments.checkpoints.checkpoint import Checkpoints
 from experiments.evaluation.error_rates import word_error_rate
-from experiments.inference.predict import PredictConfig
+from experiments.inference.predict_config import PredictConfig
 from experiments.pronounce import task as pronounce
 from experiments.training import loop
 from experiments.training import task as training

@@ -12,6 +12,7 @@ import pytest
 from experiments.checkpoints.run_folder import RunFolderError
 from experiments.functions import FunctionsError, load_functions, make_model
 from experiments.inference import predict
+from experiments.inference.predict_config import PredictConfig
 from experiments.inference.pronouncer import load
 from experiments.pronounce.task import PronounceConfig, run
 from tfm.config import TransformerConfig
@@ -92,7 +93,7 @@ def test_a_user_s_module_goes_through_the_whole_run(config, file, tmp_path, monk
     stdin = io.TextIOWrapper(io.BytesIO(b"abc\n"))
     monkeypatch.setattr(sys, "stdin", stdin)
     capsys.readouterr()
-    predict.run(predict.PredictConfig(run=config.run, functions=config.functions))
+    predict.run(PredictConfig(run=config.run, functions=config.functions))
     assert capsys.readouterr().out.count("\n") == 1
 
     # Of a folder nothing is run: the file is given each time, and must be the same.

@@ -13,9 +13,11 @@ import pytest
 from experiments.checkpoints.checkpoint import Checkpoints
 from experiments.checkpoints.run_folder import RunFolderError, plain, write_json
 from experiments.data.vocabulary import BOS, Vocabulary
-from experiments.inference import predict as predict_module
-from experiments.inference import pronouncer
-from experiments.inference.predict import PredictConfig, predict
+from experiments.inference import lines as lines_module
+from experiments.inference import predict as command
+from experiments.inference import predict_words, pronouncer
+from experiments.inference.predict_config import PredictConfig
+from experiments.inference.predict_words import LONGEST, predict
 from experiments.inference.pronouncer import Pronouncer, UnpronounceableError, load
 from experiments.pronounce.task import PronounceConfig
 from tfm.config import TransformerConfig
@@ -68,16 +70,16 @@ def test_one_line_for_each_line_and_the_reason_for_an_empty_one(said, capsys):
 
 
 def test_a_long_line_is_dropped_but_keeps_its_place(capsys):
-    long = b"a" * (3 * predict_module.LONGEST + 5)
-    stream = io.BytesIO(b"ab\n" + long + b"\n\n" + long + b"\n" + b"b" * predict_module.LONGEST)
-    lines = list(predict_module.lines_of(stream))
+    long = b"a" * (3 * LONGEST + 5)
+    stream = io.BytesIO(b"ab\n" + long + b"\n\n" + long + b"\n" + b"b" * LONGEST)
+    lines = list(lines_module.lines_of(stream, LONGEST))
     assert [line[:1] for line in lines] == [b"a", b"a", b"\n", b"a", b"b"]
-    assert max(map(len, lines)) == predict_module.LONGEST
+    assert max(map(len, lines)) == LONGEST
 
 
 def test_a_line_too_long_is_named_and_not_repeated(said, capsys):
-    data = b"ab\n" + b"b" * predict_module.LONGEST + b"\n" + b"?" * 200 + b"\n"
-    lines = list(predict(said, predict_module.lines_of(io.BytesIO(data)), PredictConfig()))
+    data = b"ab\n" + b"b" * LONGEST + b"\n" + b"?" * 200 + b"\n"
+    lines = list(predict(said, lines_module.lines_of(io.BytesIO(data), LONGEST), PredictConfig()))
     assert len(lines) == 3 and lines[0] and lines[1:] == ["", ""]
     shown = "?" * 60
     assert capsys.readouterr().err.splitlines() == [
@@ -120,11 +122,11 @@ def test_the_length_penalty_is_that_of_the_run(said):
 
 
 def test_the_length_penalty_of_the_call_goes_before_that_of_the_run(said, run, monkeypatch, capsys):
-    monkeypatch.setattr(predict_module, "load", lambda *_: said)
+    monkeypatch.setattr(predict_words, "load", lambda *_: said)
     lines = {}
     for alpha in (None, 0.6, 2.0):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\ncab\n")))
-        predict_module.run(PredictConfig(run=run, nbest=1, alpha=alpha))
+        command.run(PredictConfig(run=run, nbest=1, alpha=alpha))
         lines[alpha] = capsys.readouterr().out
     assert lines[None] == lines[0.6] != lines[2.0]
 

@@ -13,7 +13,8 @@ from experiments.checkpoints.run_folder import write_json
 from experiments.inference import lines as lines_module
 from experiments.inference import predict
 from experiments.inference.lines import Bar, Tally, chunks, lines_ahead, one_line
-from experiments.inference.predict import PredictConfig, PredictError
+from experiments.inference.predict import PredictError
+from experiments.inference.predict_config import PredictConfig
 from experiments.inference.predict_sentences import PrefixError
 from experiments.inference.score_sentences import ScoreConfig
 from experiments.inference.score_sentences import run as score
