@@ -3,33 +3,129 @@
 import argparse
 import logging
 import os
+import pkgutil
 import re
 import signal
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from experiments.errors import exit_code, told_in_one_line
 from experiments.streams import Talk
 
-EXPERIMENTS = {
-    "pronounce": "Train a Transformer to pronounce words, and report on it (the default).",
-    "translate": "Train a Transformer to translate on your own text, and report on it.",
-    "claims": "Measure eleven claims about the Transformer; a ledger with verdicts and figures.",
-    "bench": "Time this library beside the peers that are installed; ratios and a picture.",
-    "cost": "Measure what a token costs by width, depth, length and batch; a law and a picture.",
-    "plan": "Say what a training would need on devices not at hand, and how fast it should be.",
-    "variants": "Say what differs between the models that bear the paper's name.",
-    "predict": "Pronounce or translate standard input with a trained model, line for line.",
-    "score": "Give the log-probability of translations on standard input.",
-    "import": "Take over a translation model of another library (Marian, torch.nn.Transformer).",
-    "export": "Write a translation model for another library (Marian, CTranslate2).",
+
+class Command(NamedTuple):
+    """One of the commands; what is named in it as MODULE:NAME is imported when it is asked for."""
+
+    about: str
+    config: str
+    """The dataclass that its flags are derived from."""
+    run: str
+    """The function that takes one."""
+    default: Callable[[list[str]], Any] | None = None
+    """The config that the flags start from, by those that choose a preset; None: the dataclass."""
+
+
+def _chosen(arguments: list[str], **choices: Sequence[str]) -> dict[str, str]:
+    """The values of flags that choose the defaults of the others; the first is that of none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0])
+    return vars(parser.parse_known_args(arguments)[0])
+
+
+def _pronounce_preset(arguments: list[str]) -> Any:
+    from experiments.pronounce.task import PRESETS
+
+    return PRESETS[_chosen(arguments, preset=list(PRESETS))["preset"]]
+
+
+def _translate_preset(arguments: list[str]) -> Any:
+    from experiments.translate.config import TranslateConfig, configured
+    from tfm.variants import VARIANTS
+
+    names = _chosen(arguments, preset=("small", "base", "big"), variant=list(VARIANTS))
+    return TranslateConfig(**configured(**names))
+
+
+def _plan_preset(arguments: list[str]) -> Any:
+    from experiments.plan.plan import PlanConfig, defaults
+
+    return PlanConfig(**defaults(**_chosen(arguments, preset=("base", "small", "big"))))
+
+
+COMMANDS = {
+    "pronounce": Command(
+        "Train a Transformer to pronounce words, and report on it (the default).",
+        "experiments.pronounce.task:PronounceConfig",
+        "experiments.pronounce.task:run",
+        _pronounce_preset,
+    ),
+    "translate": Command(
+        "Train a Transformer to translate on your own text, and report on it.",
+        "experiments.translate.config:TranslateConfig",
+        "experiments.translate.task:run",
+        _translate_preset,
+    ),
+    "claims": Command(
+        "Measure eleven claims about the Transformer; a ledger with verdicts and figures.",
+        "experiments.claims.ledger:ClaimsConfig",
+        "experiments.claims.ledger:run",
+    ),
+    "bench": Command(
+        "Time this library beside the peers that are installed; ratios and a picture.",
+        "experiments.bench.referee:BenchConfig",
+        "experiments.bench.referee:run",
+    ),
+    "cost": Command(
+        "Measure what a token costs by width, depth, length and batch; a law and a picture.",
+        "experiments.bench.cost:CostConfig",
+        "experiments.bench.cost:run",
+    ),
+    "plan": Command(
+        "Say what a training would need on devices not at hand, and how fast it should be.",
+        "experiments.plan.plan:PlanConfig",
+        "experiments.plan.plan:run",
+        _plan_preset,
+    ),
+    "variants": Command(
+        "Say what differs between the models that bear the paper's name.",
+        "experiments.reporting.variants:VariantsConfig",
+        "experiments.reporting.variants:run",
+    ),
+    "predict": Command(
+        "Pronounce or translate standard input with a trained model, line for line.",
+        "experiments.inference.predict_config:PredictConfig",
+        "experiments.inference.predict:run",
+    ),
+    "score": Command(
+        "Give the log-probability of translations on standard input.",
+        "experiments.inference.score_sentences:ScoreConfig",
+        "experiments.inference.score_sentences:run",
+    ),
+    "import": Command(
+        "Take over a translation model of another library (Marian, torch.nn.Transformer).",
+        "experiments.interop.convert:ImportConfig",
+        "experiments.interop.convert:run_import",
+    ),
+    "export": Command(
+        "Write a translation model for another library (Marian, CTranslate2).",
+        "experiments.interop.convert:ExportConfig",
+        "experiments.interop.convert:run_export",
+    ),
 }
+ON_DEVICE = Command(
+    "Measure an accelerator beside its peers, in minutes.",
+    "experiments.bench.device.config:DeviceConfig",
+    "experiments.bench.device.command:run",
+)
+"""`bench --device`, which has other flags."""
 
 
 def usage() -> str:
-    """The answer to --help: every experiment with one sentence."""
-    lines = [f"  {name:<12}{sentence}" for name, sentence in EXPERIMENTS.items()]
+    """The answer to --help: every command with one sentence."""
+    lines = [f"  {name:<12}{command.about}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: python -m experiments.run [EXPERIMENT] [flags]", "", "experiments:", *lines, "",
          "No experiment means pronounce: `python -m experiments.run` trains it in minutes.",
@@ -37,14 +133,16 @@ def usage() -> str:
     )  # fmt: skip
 
 
-def _plain_cluster_flags(arguments: list[str]) -> list[str]:
-    """`--coordinator` for `--cluster.coordinator`, and so on."""
-    names = "coordinator|process-id|num-processes|connect-timeout|heartbeat-timeout|stall-timeout"
-    return [re.sub(rf"^--({names})(?==|$)", r"--cluster.\1", a) for a in arguments]
-
-
-def _current_flags(arguments: list[str]) -> list[str]:
-    """Flags of former names under their present ones, which a line on standard error names."""
+def _current_flags(name: str, arguments: list[str]) -> list[str]:
+    """The flags as the dataclasses have them; one of a former name is told on standard error."""
+    if name in ("pronounce", "translate"):
+        flags = "|".join(
+            ("coordinator", "process-id", "num-processes", "connect-timeout", "heartbeat-timeout",
+             "stall-timeout")
+        )  # fmt: skip
+        arguments = [re.sub(rf"^--({flags})(?==|$)", r"--cluster.\1", a) for a in arguments]
+    if name == "translate":  # "from" is a word of Python's, and cannot be a field
+        arguments = [re.sub(r"^--from(?==|$)", "--from-run", a) for a in arguments]
     current = []
     for argument in arguments:
         renamed = re.sub(r"^--model[.]attention(?==|$)", "--model.implementation", argument)
@@ -57,142 +155,25 @@ def _current_flags(arguments: list[str]) -> list[str]:
     return current
 
 
-def pronounce(arguments: list[str]) -> None:
-    """Parses the flags over the chosen preset, and runs the task."""
+def call(name: str, arguments: list[str]) -> None:
+    """Parses the flags of a command, and runs it."""
     import tyro
 
-    from experiments.pronounce.task import PRESETS, run
+    command, prog = COMMANDS[name], f"python -m experiments.run {name}"
+    if name == "bench" and "--device" in arguments:
+        command, prog = ON_DEVICE, f"{prog} --device"
+        arguments = [argument for argument in arguments if argument != "--device"]
+    if name == "claims":
+        import jax
 
-    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset", choices=list(PRESETS), default="default")
-    chosen = preset.parse_known_args(arguments)[0].preset
-    config = tyro.cli(
-        type(PRESETS[chosen]), default=PRESETS[chosen], args=_plain_cluster_flags(arguments),
-        prog="python -m experiments.run pronounce",
-    )  # fmt: skip
-    run(config)
-
-
-def translate(arguments: list[str]) -> None:
-    """Parses the flags over the chosen preset and variant, and runs the task."""
-    import tyro
-
-    from experiments.translate.config import TranslateConfig, configured
-    from experiments.translate.task import run
-    from tfm.variants import VARIANTS
-
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--preset", choices=("small", "base", "big"), default="small")
-    chosen.add_argument("--variant", choices=list(VARIANTS), default="paper")
-    known = chosen.parse_known_args(arguments)[0]
-    # "from" is a word of Python's, and cannot be a field.
-    arguments = [re.sub(r"^--from(?==|$)", "--from-run", a) for a in arguments]
-    config = tyro.cli(
-        TranslateConfig, default=TranslateConfig(**configured(known.preset, known.variant)),
-        args=_plain_cluster_flags(arguments), prog="python -m experiments.run translate",
-    )  # fmt: skip
-    run(config)
-
-
-def plan(arguments: list[str]) -> None:
-    """Parses the flags over the chosen preset, and prints the plan."""
-    import tyro
-
-    from experiments.plan.plan import PlanConfig, defaults, run
-
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--preset", choices=("small", "base", "big"), default="base")
-    preset = chosen.parse_known_args(arguments)[0].preset
-    config = tyro.cli(
-        PlanConfig, default=PlanConfig(**defaults(preset)), args=arguments,
-        prog="python -m experiments.run plan",
-    )  # fmt: skip
-    run(config)
-
-
-def variants(arguments: list[str]) -> None:
-    """Parses the names, and prints the table of differences."""
-    import tyro
-
-    from experiments.reporting.variants import VariantsConfig, run
-
-    positional = tyro.conf.Positional[VariantsConfig]
-    run(tyro.cli(positional, args=arguments, prog="python -m experiments.run variants"))
-
-
-def predict(arguments: list[str]) -> None:
-    """Parses the flags, and pronounces or translates standard input."""
-    import tyro
-
-    from experiments.inference.predict import run
-    from experiments.inference.predict_config import PredictConfig
-
-    run(tyro.cli(PredictConfig, args=arguments, prog="python -m experiments.run predict"))
-
-
-def score(arguments: list[str]) -> None:
-    """Parses the flags, and scores the translations on standard input."""
-    import tyro
-
-    from experiments.inference.score_sentences import ScoreConfig, run
-
-    run(tyro.cli(ScoreConfig, args=arguments, prog="python -m experiments.run score"))
-
-
-def import_(arguments: list[str]) -> None:
-    """Parses the flags, and makes a run folder of another library's model."""
-    import tyro
-
-    from experiments.interop.convert import ImportConfig, run_import
-
-    run_import(tyro.cli(ImportConfig, args=arguments, prog="python -m experiments.run import"))
-
-
-def export(arguments: list[str]) -> None:
-    """Parses the flags, and writes a run's model as another library has it."""
-    import tyro
-
-    from experiments.interop.convert import ExportConfig, run_export
-
-    run_export(tyro.cli(ExportConfig, args=arguments, prog="python -m experiments.run export"))
-
-
-def claims(arguments: list[str]) -> None:
-    """Parses the flags, and measures the ledger."""
-    import jax
-    import tyro
-
-    from experiments.claims.ledger import ClaimsConfig, run
-
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # trainings side by side
-    run(tyro.cli(ClaimsConfig, args=arguments, prog="python -m experiments.run claims"))
-
-
-def bench(arguments: list[str]) -> None:
-    """Parses the flags, and times ours beside the peers, or with --device on an accelerator."""
-    import tyro
-
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--device", action="store_true")
-    known, others = chosen.parse_known_args(arguments)
-    if known.device:
-        from experiments.bench.device import command
-        from experiments.bench.device.config import DeviceConfig
-
-        prog = "python -m experiments.run bench --device"
-        return command.run(tyro.cli(DeviceConfig, args=others, prog=prog))
-    from experiments.bench.referee import BenchConfig, run
-
-    run(tyro.cli(BenchConfig, args=arguments, prog="python -m experiments.run bench"))
-
-
-def cost(arguments: list[str]) -> None:
-    """Parses the flags, and measures the scaling law of cost."""
-    import tyro
-
-    from experiments.bench.cost import CostConfig, run
-
-    run(tyro.cli(CostConfig, args=arguments, prog="python -m experiments.run cost"))
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())  # trainings side by side
+    run, config = pkgutil.resolve_name(command.run), pkgutil.resolve_name(command.config)
+    if name == "variants":
+        config = tyro.conf.Positional[config]
+    if command.default is None:
+        run(tyro.cli(config, args=arguments, prog=prog))
+    else:
+        run(tyro.cli(config, default=command.default(arguments), args=arguments, prog=prog))
 
 
 def use_huge_pages() -> None:
@@ -226,17 +207,17 @@ def hide_echoes() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs one experiment; what a user can mend is told in one line, with exit code 2."""
+    """Runs one command; what a user can mend is told in one line, with exit code 2."""
     if arguments[:1] in (["--help"], ["-h"], ["help"]):
         print(usage())
         return
     name = "pronounce" if not arguments or arguments[0].startswith("-") else arguments[0]
-    if name not in EXPERIMENTS:
+    if name not in COMMANDS:
         print(f"error: no experiment named {name!r}\n\n{usage()}", file=sys.stderr)
         sys.exit(2)
-    flags = _current_flags(arguments[1:] if arguments[:1] == [name] else arguments)
+    flags = arguments[1:] if arguments[:1] == [name] else arguments
     try:
-        globals()["import_" if name == "import" else name](flags)  # a word of Python's
+        call(name, _current_flags(name, flags))
     except KeyboardInterrupt as error:  # a training saves first
         sys.exit(exit_code(error))
     except SystemExit:  # named, so that leaving does not import what the next line needs

@@ -84,9 +84,8 @@ def configured(preset: str, variant: str) -> dict[str, Any]:
     v = VARIANTS[variant]
     changes = dict(_SIZES[preset])
     if variant == "paper":
-        changes["layer_norm_epsilon"] = (
-            1e-5  # the paper gives none; with this one Marian can hold it
-        )
+        # The paper gives none; with this one Marian can hold the model.
+        changes["layer_norm_epsilon"] = 1e-5
     common = {"evaluate_every": 1000, "save_every": 1000, "source_length": 128,
               "target_length": 128, "keep_checkpoints": 2}  # fmt: skip
     return common | _TRAININGS[preset] | {

@@ -424,10 +424,10 @@ def test_predict_errors(tmp_path, predict):
 def test_help_lists_every_experiment_with_a_sentence(flag, capsys):
     assert call(flag) == 0
     out = capsys.readouterr().out
-    for name, sentence in command.EXPERIMENTS.items():
+    for name, (sentence, *_) in command.COMMANDS.items():
         assert sentence.rstrip().endswith(".")
         assert re.search(rf"^ *{name} +{re.escape(sentence)}$", out, re.MULTILINE)
-    assert set(command.EXPERIMENTS) == {
+    assert set(command.COMMANDS) == {
         "pronounce", "translate", "claims", "bench", "cost", "variants", "predict", "score",
         "import", "export", "plan",
     }  # fmt: skip
