@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.checkpoints.run_folder import RunFolder, RunFolderError
+from experiments.checkpoints.trained import newest_model
 from experiments.data.pronunciations import padded
 from experiments.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from experiments.errors import UserError
-from experiments.training.checkpointer import newest_model
 from tfm.decoding import Decoded, beam_search, start_decoding
 from tfm.kernels.quantization import quantize
 from tfm.model import Transformer

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from experiments.checkpoints.run_folder import RunFolder, RunFolderError, named, plain
+from experiments.checkpoints.trained import newest_model, write_final
 from experiments.data.subwords import Subwords
 from experiments.inference import scoring as given
 from experiments.inference.generation import Done, Generator, Job
 from experiments.inference.hypotheses import Hypothesis, Scored, best_of_parts, joined
 from experiments.inference.search import Group, Mean, Rules, Sampling
 from experiments.inference.segmentation import TooLongError, parts_of
-from experiments.training.checkpointer import newest_model, write_final
 from tfm.kernels.quantization import quantize
 from tfm.model import Transformer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.checkpoints.run_folder import RunFolder, plain, write_json
+from experiments.checkpoints.trained import check_newest
 from experiments.data import pronunciations
 from experiments.data.packing import packed_batches
 from experiments.data.pronunciations import DataError, Lexicon
@@ -17,7 +18,6 @@ from experiments.evaluation import error_rates
 from experiments.functions import identity_of, make_model
 from experiments.inference.pronouncer import Pronouncer
 from experiments.pronounce.report import report
-from experiments.training.checkpointer import check_newest
 from experiments.training.placement import Layout, divisible
 from experiments.training.task import (
     MAY_DIFFER,

@@ -1,27 +1,16 @@
 """What a run keeps on disk: the newest checkpoints, the best by validation, the final model."""
 
 import contextlib
-import dataclasses
 import math
-import shutil
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
-import chex
-import jax
-import jax.numpy as jnp
-
 from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
-from experiments.checkpoints.run_folder import RunFolder, RunFolderError, changes
+from experiments.checkpoints.run_folder import RunFolder
+from experiments.checkpoints.trained import check_identity
 from experiments.distributed.processes import Processes
-from experiments.functions import check_recorded, make_model
-from experiments.training.step_monitor import Guard, Meter
-from tfm.config import TransformerConfig, current_fields
-from tfm.model import Transformer
-from tfm.parallel.mesh import fit_vocabulary
-from tfm.training import TrainState, param_shapes
+from experiments.training.step_monitor import Meter, StepMonitor
+from tfm.training import TrainState
 
 
 class Batches(Iterator, Protocol):
@@ -32,90 +21,7 @@ class Batches(Iterator, Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
-def check_identity(path: Path, notes: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raises RunFolderError where the checkpoint at `path` was trained as another run.
-
-    The position of the batches is only a number: other data would be gone through all the same.
-    """
-    if differing := changes(notes["identity"], identity):
-        raise RunFolderError(
-            f"{path} belongs to another run ({'; '.join(differing)}): "
-            "name another folder with --run"
-        )
-
-
-def check_newest(folder: RunFolder, steps: int, identity: dict[str, Any]) -> None:
-    """Before anything is written: RunFolderError where the run cannot go on so, since its newest
-    checkpoint is another run's, is beyond `steps`, or is gone."""
-    step = None
-    if folder.checkpoints.is_dir():
-        with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-            step, _ = checkpoints.newest()
-            if step is not None:
-                check_identity(folder.checkpoints / str(step), checkpoints.notes(step), identity)
-            if step is not None and step > steps:
-                raise RunFolderError(f"{folder.path} is at step {step}, beyond --steps {steps}")
-    finished = (folder.read("results.json") or {}).get("steps", 0)
-    before = max(finished, *folder.sittings(), 0)
-    if step is None and before and finished != steps:
-        raise RunFolderError(
-            f"{folder.checkpoints}: its checkpoints are gone, though the run was at step {before}: "
-            "put them back, or name another folder with --run"
-        )
-
-
-def newest_model(
-    folder: RunFolder, functions: str | None = None
-) -> tuple[dict[str, Any], Transformer, chex.ArrayTree]:
-    """The identity, model and parameters that a run ended with, or of its newest checkpoint.
-
-    functions: the FILE:NAME of those that it was trained with; of a folder none is ever run.
-
-    A damaged checkpoint is named on standard error, and the one before it taken.
-
-    Raises RunFolderError where nothing is saved; CheckpointError where all of it is damaged;
-    FunctionsError where it was trained with other functions.
-    """
-    for place in (folder.final, folder.checkpoints):
-        if not place.is_dir():
-            continue
-        with Checkpoints(place, read_only=True) as checkpoints:
-            step, found = checkpoints.newest()
-            for line in found:
-                print(line, file=sys.stderr)
-            if not step:  # 0: saved before anything was learned
-                continue
-            identity = checkpoints.notes(step)["identity"]
-            check_recorded(folder.path, identity.get("functions_of"), functions)
-            trained = TransformerConfig(**current_fields(identity["model"]))
-            model = make_model(trained, functions)
-            params = checkpoints.restore_params(step, param_shapes(trained, model.functions))
-            # Rows that only a mesh needed are left out.
-            config = dataclasses.replace(trained, vocab_multiple=1)
-            model = Transformer(config, model.functions)
-            return identity, model, fit_vocabulary(params, config)
-    raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
-
-
-def without_moments(params: chex.ArrayTree, step: int) -> TrainState:
-    """Parameters as a checkpoint holds them, where there is nothing to go on training from."""
-    return TrainState(jnp.int32(step), params, {}, jax.random.PRNGKey(0))
-
-
-def write_final(
-    folder: RunFolder, params: chex.ArrayTree, step: int, identity: dict[str, Any]
-) -> None:
-    """Writes the model that a run ends with; one that is there already goes.
-
-    Raises CheckpointError where it cannot be written.
-    """
-    shutil.rmtree(folder.final, ignore_errors=True)
-    with Checkpoints(folder.final) as checkpoints:
-        state = jax.device_get(without_moments(params, step))
-        checkpoints.save(step, state, {"identity": identity})
-
-
-class Keeper:
+class Checkpointer:
     """Saves and resumes one run. Use as a context manager: leaving it waits for the saves.
 
     Beside the state a checkpoint holds the position of the batches, how many were drawn, how many
@@ -137,7 +43,7 @@ class Keeper:
         self._batches, self._identity, self._lowest = batches, identity, math.inf
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "Checkpointer":
         self._stack.enter_context(self._newest)
         self._stack.enter_context(self._best)
         return self
@@ -207,26 +113,28 @@ class Keeper:
             self._best.set_aside(after, why)
         self._processes.from_first()
 
-    def _notes(self, guard: Guard, meter: Meter) -> dict[str, Any]:
+    def _notes(self, monitor: StepMonitor, meter: Meter) -> dict[str, Any]:
         return {
             "identity": self._identity,
             "data": self._batches.get_state(),
-            "batches": guard.drawn,
-            "in_a_row": guard.in_a_row,
+            "batches": monitor.batches_consumed,
+            "in_a_row": monitor.in_a_row,
             "seconds": meter.seconds,
         }
 
-    def save(self, state: TrainState, guard: Guard, meter: Meter) -> None:
-        """Begins to save the state after `guard.step` updates; CheckpointError where it cannot."""
+    def save(self, state: TrainState, monitor: StepMonitor, meter: Meter) -> None:
+        """Begins to save the state after the monitor's steps; CheckpointError where it cannot."""
         self._best.wait()  # else a best of before could be lost for good, as it will not come again
-        self._newest.save(guard.step, state, self._notes(guard, meter))
+        self._newest.save(monitor.step, state, self._notes(monitor, meter))
 
-    def save_if_best(self, state: TrainState, guard: Guard, meter: Meter, loss: float) -> None:
+    def save_if_best(
+        self, state: TrainState, monitor: StepMonitor, meter: Meter, loss: float
+    ) -> None:
         """The same into the folder of the best, where `loss` is the lowest so far."""
         if loss < self._lowest:
             self._lowest = loss
-            notes = self._notes(guard, meter) | {"valid_loss": loss}
-            self._best.save(guard.step, state, notes)
+            notes = self._notes(monitor, meter) | {"valid_loss": loss}
+            self._best.save(monitor.step, state, notes)
 
     def wait(self) -> int | None:
         """Waits for the saves under way; the newest step that is safe."""

@@ -9,9 +9,9 @@ from experiments.checkpoints.checkpoint import state_sha256
 from experiments.checkpoints.run_folder import MetricsLog, RunFolder
 from experiments.distributed.processes import Processes
 from experiments.errors import UserError
-from experiments.training.checkpointer import Batches, Keeper
+from experiments.training.checkpointer import Batches, Checkpointer
 from experiments.training.progress import Display
-from experiments.training.step_monitor import Guard, Meter, Metrics
+from experiments.training.step_monitor import Meter, Metrics, StepMonitor
 from experiments.training.stopping import Stopped, StopSignal
 from tfm.training import TrainState
 
@@ -61,12 +61,12 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass
 class _Record:
-    """Tells what the steps did: on the screen, in the log, and to the keeper of the best."""
+    """Tells what the steps did: on the screen, in the log, and to the checkpointer of the best."""
 
     folder: RunFolder
-    keeper: Keeper
+    checkpointer: Checkpointer
     processes: Processes
-    guard: Guard
+    monitor: StepMonitor
     meter: Meter
     log: MetricsLog | None
     display: Display
@@ -83,16 +83,16 @@ class _Record:
     ) -> TrainState:
         """Step after step, to the last or until the patience is used up."""
         stalled = self.stalls(schedule)
-        while self.guard.step < schedule.steps and not stalled:
+        while self.monitor.step < schedule.steps and not stalled:
             state, metrics = train_step(state, next(batches))
-            self.guard.add(metrics)
-            step = self.guard.reached
+            self.monitor.add(metrics)
+            step = self.monitor.reached
             stopping = asked_to_stop()  # once a step: a later signal can wait
             self.display.advance(step)
             due = schedule.due(step)
             # Else one step stays under way, so that the device need not wait for the host.
             self.skips(0 if due or stopping else 1, schedule.most_skipped)
-            if self.guard.step != step:
+            if self.monitor.step != step:
                 due = set()  # a step was skipped, so this is not yet the one
             if due or stopping:  # evaluating and saving may take long
                 self.processes.unwatch()
@@ -103,17 +103,17 @@ class _Record:
         self.processes.unwatch()
         if stalled:
             told = f"evaluations without a lower validation loss: {schedule.patience}"
-            self.display.say(f"stopped early at step {self.guard.step}; {told}")
+            self.display.say(f"stopped early at step {self.monitor.step}; {told}")
         return state
 
     def skips(self, leave: int, most: int) -> None:
         """Looks at the steps under way but the newest `leave`; DivergedError at `most` in a row."""
-        for skipped in self.guard.look(self.meter, leave):
+        for skipped in self.monitor.collect(self.meter, leave):
             self.display.say(f"{skipped}; no update was made")
             if self.log:
                 self.log.write_skipped(dataclasses.asdict(skipped))
             if skipped.in_a_row == most:
-                saved = self.keeper.wait()
+                saved = self.checkpointer.wait()
                 kept = (
                     f"the checkpoint of step {saved} is kept" if saved else "nothing was saved yet"
                 )
@@ -124,13 +124,13 @@ class _Record:
 
     def line(self, state: TrainState, evaluating: bool) -> None:
         """The figures since the last line, with those of an evaluation where one is due."""
-        step = self.guard.step
+        step = self.monitor.step
         line, status = self.meter.read()
         line |= {"step": step, "learning_rate": float(self.learning_rate(step - 1))}
         self.display.update(step, status)
         if evaluating:
             line |= self.evaluate(state.params)
-            self.keeper.save_if_best(state, self.guard, self.meter, line["valid_loss"])
+            self.checkpointer.save_if_best(state, self.monitor, self.meter, line["valid_loss"])
             self.display.say(validation_line(line))
             self.meter.restart()  # evaluating is not training's speed
         if self.log:
@@ -139,12 +139,12 @@ class _Record:
     def settle(self, state: TrainState, due: set[str], schedule: Schedule, at_once: bool) -> bool:
         """Logs, evaluates and saves what is due; whether that has used up the patience."""
         if at_once:
-            self.keeper.save(state, self.guard, self.meter)  # evaluating may take long
+            self.checkpointer.save(state, self.monitor, self.meter)  # evaluating may take long
         if "log" in due:
             self.line(state, "evaluate" in due)
         stalled = "evaluate" in due and self.stalls(schedule)
         if stalled or "save" in due:
-            self.keeper.save(state, self.guard, self.meter)
+            self.checkpointer.save(state, self.monitor, self.meter)
         return stalled
 
     def stalls(self, schedule: Schedule) -> bool:
@@ -155,8 +155,8 @@ class _Record:
 
     def leave(self, signal: int) -> NoReturn:
         """Ends the process once all is saved."""
-        self.keeper.wait()
-        step = self.guard.step
+        self.checkpointer.wait()
+        step = self.monitor.step
         self.display.say(f"stopped and saved at step {step}; the same command goes on")
         raise Stopped(128 + signal)
 
@@ -192,15 +192,18 @@ def train(
       CheckpointError: all that was saved is damaged, or a save failed.
       DivergedError: too many steps in a row without a finite loss and gradient.
     """
-    with Keeper(folder, batches, identity, schedule.keep, processes) as keeper:
-        state, notes = keeper.resume(state, stop.say)
+    with Checkpointer(folder, batches, identity, schedule.keep, processes) as checkpointer:
+        state, notes = checkpointer.resume(state, stop.say)
         done = int(state.step)
         resumed_from = processes.from_first(
             folder.note_sitting(done) if processes.is_first else None
         )
         folder.check_shared()
-        guard, meter = Guard(done, notes["batches"], notes["in_a_row"]), Meter(notes["seconds"])
-        log = MetricsLog(folder, done + 1, guard.drawn) if processes.is_first else None
+        monitor, meter = (
+            StepMonitor(done, notes["batches"], notes["in_a_row"]),
+            Meter(notes["seconds"]),
+        )
+        log = MetricsLog(folder, done + 1, monitor.batches_consumed) if processes.is_first else None
         with (
             log or contextlib.nullcontext(),
             Display(schedule.steps, done, silent=not processes.is_first) as display,
@@ -211,13 +214,21 @@ def train(
                 display.say(f"resuming {folder.path} at step {done}")
 
             record = _Record(
-                folder, keeper, processes, guard, meter, log, display, learning_rate, evaluate
+                folder,
+                checkpointer,
+                processes,
+                monitor,
+                meter,
+                log,
+                display,
+                learning_rate,
+                evaluate,
             )
             state = record.steps(train_step, state, batches, schedule, lambda: agree(stop.received))
     facts = {
-        "steps": guard.step,
-        "stopped_early": guard.step < schedule.steps,
-        "batches": guard.drawn,
+        "steps": monitor.step,
+        "stopped_early": monitor.step < schedule.steps,
+        "batches": monitor.batches_consumed,
         "train_seconds": meter.seconds,
         "state_sha256": state_sha256(on_host(state), batches.get_state()),
         "resumed_from": resumed_from,

@@ -72,29 +72,29 @@ def _what_is_wrong(metrics: dict) -> str:
     return f"the gradient's norm is {norm}"
 
 
-class Guard:
+class StepMonitor:
     """Counts the updates, looking at each step's metrics when the device has them."""
 
     def __init__(self, done: int, drawn: int, in_a_row: int = 0) -> None:
         self.step = done  # updates made
-        self.drawn = drawn  # batches drawn since the run began
+        self.batches_consumed = drawn  # batches drawn since the run began
         self.in_a_row = in_a_row  # steps skipped since the last update
         self._under_way: collections.deque[tuple[int, dict]] = collections.deque()
 
     def add(self, metrics: dict) -> None:
         """Takes note of a step under way; does not wait for it."""
-        self.drawn += 1
-        self._under_way.append((self.drawn, metrics))
+        self.batches_consumed += 1
+        self._under_way.append((self.batches_consumed, metrics))
 
     @property
     def reached(self) -> int:
         """The step that the run is at, if all steps under way turn out well."""
         return self.step + len(self._under_way)
 
-    def look(self, meter: Meter, leave: int) -> list[Skipped]:
-        """Waits for the steps under way but the newest `leave`; returns those without an update."""
+    def collect(self, meter: Meter, pending: int) -> list[Skipped]:
+        """Waits for the steps under way but the newest `pending`; returns those without an update."""
         skipped = []
-        while len(self._under_way) > leave:
+        while len(self._under_way) > pending:
             number, metrics = self._under_way.popleft()
             if metrics["skipped"]:
                 self.in_a_row += 1

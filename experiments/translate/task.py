@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.checkpoints.checkpoint import Checkpoints, state_sha256
 from experiments.checkpoints.run_folder import RunFolder, RunFolderError, named, plain, write_json
+from experiments.checkpoints.trained import check_newest, without_moments, write_final
 from experiments.data.cleaning import Clean
 from experiments.data.subwords import Subwords, train_subwords
 from experiments.data.text import CorpusError
@@ -22,7 +23,6 @@ from experiments.distributed.processes import Processes
 from experiments.errors import UserError
 from experiments.functions import identity_of, make_model
 from experiments.inference.translator import Settings, Translator, load
-from experiments.training.checkpointer import check_newest, without_moments, write_final
 from experiments.training.placement import Layout, divisible
 from experiments.training.task import (
     check_same_run,

@@ -204,8 +204,8 @@ def test_other_words_in_the_same_files_are_refused_and_nothing_is_lost(
     def no_training(*_, **__):
         raise AssertionError("trained on other data")
 
-    original = pronounce.data.read_lexicon
-    monkeypatch.setattr(pronounce.data, "read_lexicon", renaming)
+    original = pronounce.pronunciations.read_lexicon
+    monkeypatch.setattr(pronounce.pronunciations, "read_lexicon", renaming)
     monkeypatch.setattr(training, "make_train_step", lambda *_, **__: no_training)
     before = content(finished)
     assert call("--run", finished, "--steps", STEPS + 10, *tiny) == 2
@@ -230,7 +230,7 @@ def test_stopped_and_resumed_equals_uninterrupted_then_extended(
     finished, tiny, tmp_path, monkeypatch, capsys
 ):
     run = ["--run", tmp_path / "run", *tiny]
-    add, calls = loop.Guard.add, []
+    add, calls = loop.StepMonitor.add, []
 
     def add_and_stop(self, *arguments):
         calls.append(1)
@@ -239,7 +239,7 @@ def test_stopped_and_resumed_equals_uninterrupted_then_extended(
         add(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Guard, "add", add_and_stop)
+        patch.setattr(loop.StepMonitor, "add", add_and_stop)
         assert call(*run, "--steps", STEPS) == 143
     assert len(calls) == 75 == last_state(tmp_path / "run")[0]
     assert not (tmp_path / "run" / "results.json").exists()
@@ -443,7 +443,7 @@ def test_help_lists_every_experiment_with_a_sentence(flag, capsys):
 )
 def test_a_flag_of_a_former_name_is_taken_and_told(former, present, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(command, "plan", seen.append)
+    monkeypatch.setattr(command, "call", lambda _, flags: seen.append(flags))
     command.main(["plan", "--rows", "8", *former])
     assert seen == [["--rows", "8", *present]]
     assert "--model.attention is called --model.implementation now" in capsys.readouterr().err

@@ -32,7 +32,7 @@ STUCK = "time.sleep(10_000)"
 BEFORE = ("experiments.pronounce.task", "prepare", 1)
 # Of the arrays of a batch: inside of the step.
 IN_A_STEP = ("experiments.training.placement.Layout", "_share", 90)
-BETWEEN = ("experiments.training.step_monitor.Guard", "add", 30)
+BETWEEN = ("experiments.training.step_monitor.StepMonitor", "add", 30)
 REPORTING = ("experiments.pronounce.task", "report", 1)
 WAITING = ("experiments.distributed.processes.Processes", "_has_arrived", "reporting")
 _MAIN = """

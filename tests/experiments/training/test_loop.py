@@ -15,11 +15,11 @@ import pytest
 
 from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
 from experiments.checkpoints.run_folder import RunFolder, RunFolderError, write_json
+from experiments.checkpoints.trained import check_newest
 from experiments.data.packing import packed_batches
 from experiments.training import progress as display
-from experiments.training import step_monitor as guard
+from experiments.training import step_monitor as monitor
 from experiments.training import stopping
-from experiments.training.checkpointer import check_newest
 from experiments.training.loop import DivergedError, Schedule, train
 from experiments.training.stopping import StopSignal
 from tfm.training import TrainState, skip_nonfinite
@@ -232,7 +232,7 @@ def test_the_seconds_of_all_sittings_add_up(tmp_path, monkeypatch):
         tick()
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(guard, "time", types.SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(monitor, "time", types.SimpleNamespace(monotonic=monotonic))
     with pytest.raises(SystemExit):
         run(tmp_path, Step({2: tick, 3: tick_and_stop}))
     clock.now += 1000.0  # the machine was off
@@ -246,7 +246,7 @@ def test_rates_are_counts_over_seconds(tmp_path, monkeypatch, capsys):
     def tick():
         clock.now += 10.0
 
-    for module in (guard, display):
+    for module in (monitor, display):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
     run(tmp_path, Step(dict.fromkeys(range(1, STEPS + 1), tick)), log_every=4, evaluate_every=12)
     batches = packed_batches(EXAMPLES, rows=4, source_length=5, target_length=7, seed=0)
