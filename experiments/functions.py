@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import hashlib
+import os
+import sys
 import traceback
 import types
 from collections.abc import Iterator
@@ -10,11 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.checkpoints.differences import differences
+from experiments.checkpoints.manifest import write_durably
+from experiments.checkpoints.run_folder import RunFolder
 from experiments.errors import UserError
 from tfm.config import TransformerConfig
 from tfm.functions import Functions
 from tfm.model import Transformer
 from tfm.training import param_shapes
+
+COPY = "functions.py"
+"""In the folder of a run: the file that it was trained with."""
 
 
 class FunctionsError(UserError):
@@ -26,7 +33,11 @@ class Loaded(NamedTuple):
 
     functions: Functions
     name: str
-    sha256: str
+    source: bytes
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.source).hexdigest()
 
 
 @functools.cache  # so that all of a run has the same objects, whatever becomes of the file
@@ -46,13 +57,26 @@ def load_functions(given: str) -> Loaded:
         raise FunctionsError(f"{path}: {error.strerror or error}") from None
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
-    with _told_by_line(path):
+    with _told_by_line(path), _without_files_beside():
         exec(compile(source, str(path), "exec"), vars(module))
     there = [n for n, value in vars(module).items() if isinstance(value, Functions)]
     if name not in there:
         has = ", ".join(there) or "none"
-        raise FunctionsError(f"{path}: no tfm.Functions is named {name}; there is {has}")
-    return Loaded(getattr(module, name), name, hashlib.sha256(source).hexdigest())
+        value = getattr(module, name, None)
+        kind = "" if value is None else f", and {name} is {value!r:.60}"
+        raise FunctionsError(f"{path}: no tfm.Functions is named {name}; there is {has}{kind}")
+    return Loaded(getattr(module, name), name, source)
+
+
+@contextlib.contextmanager
+def _without_files_beside() -> Iterator[None]:
+    """Takes the working folder from where Python looks for modules: their SHA-256 is not kept."""
+    before, here = sys.path, os.getcwd()
+    sys.path = [place for place in before if os.path.abspath(place) != here]
+    try:
+        yield
+    finally:
+        sys.path = before
 
 
 @contextlib.contextmanager
@@ -66,6 +90,8 @@ def _told_by_line(path: Path) -> Iterator[None]:
         at = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
         where = path if at is None else f"{path}, line {at}"
         message = str(error).split("\n")[0]
+        if isinstance(error, ModuleNotFoundError):
+            message += f" is installed; what is yours must stand in {path.name} itself"
         raise FunctionsError(f"{where}: {type(error).__name__}: {message}") from None
 
 
@@ -93,13 +119,30 @@ def identity_of(functions: str | None) -> dict[str, Any]:
 def check_recorded(place: Path, recorded: dict[str, Any] | None, functions: str | None) -> None:
     """Raises FunctionsError where a saved model was trained with other functions than FILE:NAME."""
     given = identity_of(functions).get("functions_of")
+    kept = place / COPY
     if recorded is not None and given is None:
+        copy = f" (a copy is {kept})" if kept.exists() else ""
         raise FunctionsError(
             f"{place}: its model is made of {recorded['name']} of a file with the SHA-256 "
-            f"{recorded['sha256']}: give it with --functions FILE:{recorded['name']}"
+            f"{recorded['sha256']}{copy}: give it with --functions FILE:{recorded['name']} (in "
+            f"Python, load(…, functions='FILE:{recorded['name']}'))"
         )
     if differing := differences(recorded or {}, given or {}):
+        changed = recorded is not None and recorded["sha256"] != given["sha256"]
+        back = f": the file is another now; that of then is {kept}" if changed else ""
         raise FunctionsError(
             f"{place}: its model was not trained with --functions {functions} "
-            f"({'; '.join(differing)})"
+            f"({'; '.join(differing)}){back if kept.exists() else ''}"
         )
+
+
+def check_folder(folder: RunFolder, functions: str | None) -> None:
+    """Raises FunctionsError where a run was begun in the folder with other functions."""
+    if (config := folder.read("config.json")) is not None:
+        check_recorded(folder.path, config.get("functions_of"), functions)
+
+
+def keep_copy(place: Path, functions: str | None) -> None:
+    """Copies the file of FILE:NAME into a run's folder, to be read: it is never run from there."""
+    if functions is not None:
+        write_durably(place / COPY, load_functions(functions).source)

@@ -1,12 +1,12 @@
 """What a model computes on its way: to be seen, and to be replaced."""
 
 import dataclasses
+import difflib
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
 from tfm.config import TransformerConfig
@@ -58,7 +58,7 @@ def activations(
     """What the model computes on its way, by name, and its output.
 
         seen, logits = activations(model, params, source, target, names=["decoder_*/feed_forward"])
-        silence = {"encoder_0/attention/head_outputs": lambda x: x.at[:, 2].set(0)}
+        silence = {"encoder_0/attention/head_outputs": lambda x: x.at[..., 2, :, :].set(0)}
         _, logits = activations(model, params, source, target, names=[], patch=silence)
 
     A pure function of its arguments, for `jax.jit`, `jax.vmap` and `jax.grad` like the others; it
@@ -78,11 +78,17 @@ def activations(
     Raises:
       ValueError: a name that fits none; the message lists those that there are. Or scan_layers,
         whose layers have no names.
-      TypeError: a patch that returns another shape or type; the message has both.
+      TypeError: names that are one string; a patch that is no function, or returns another shape or
+        type; the message has both.
     """
     config = model.config
     if config.scan_layers:
         raise ValueError("scan_layers=True: one loop has no layers to name; set scan_layers=False")
+    if isinstance(names, str):
+        raise TypeError(f"names={names!r} must be a list of names: [{names!r}]")
+    for name, function in (patch or {}).items():
+        if not callable(function):
+            raise TypeError(f"the patch of {name} must be a function: lambda x: value")
     wanted = {name for pattern in names for name in _matching(pattern, config)}
     patches = {n: f for pattern, f in (patch or {}).items() for n in _matching(pattern, config)}
     seen: dict[str, Array] = {}
@@ -113,11 +119,16 @@ def _matching(pattern: str, config: TransformerConfig) -> list[str]:
     known = activation_names(config)
     if found := fnmatch.filter(known, pattern):
         return found
-    raise ValueError(f"no activation is named {pattern!r}; there are {', '.join(known)}")
+    close = difflib.get_close_matches(pattern, known, n=3)
+    meant = f"; did you mean {' or '.join(close)}?" if close else ";"
+    raise ValueError(f"no activation is named {pattern!r}{meant} there are {', '.join(known)}")
 
 
 def _patched(name: str, value: Array, function: Callable[[Array], Array]) -> Array:
-    result = jnp.asarray(function(value))
+    result = function(value)
+    if not hasattr(result, "shape"):
+        kind = type(result).__name__
+        raise TypeError(f"the patch of {name} returned {kind}, not {value.dtype} {value.shape}")
     if (result.shape, result.dtype) != (value.shape, value.dtype):
         raise TypeError(
             f"the patch of {name} returned {result.dtype} {result.shape}, not {value.dtype} "

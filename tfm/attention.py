@@ -52,7 +52,7 @@ def attention_weights(
       query: [..., L, d_k], usually [..., H, L, d_k].
       key: [..., K, d_k].
       mask: boolean, [L, K] or broadcastable to [..., L, K] with as many axes; True = may attend.
-      bias: floating, of a form as the mask's: what is added to QKᵀ/√d_k (not in the paper).
+      bias: numbers, of a form as the mask's: what is added to QKᵀ/√d_k (not in the paper).
       compute_dtype: see `tfm.kernels.precision`.
       implementation: see `tfm.kernels.implementation`.
 

@@ -56,20 +56,35 @@ class Functions:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if not callable(given := getattr(self, field.name)):
-                raise TypeError(
-                    f"Functions({field.name}=…) must be a function or a linen module class, not "
-                    f"{type(given).__name__}"
-                )
+            if wrong := _what_is_wrong(getattr(self, field.name)):
+                raise TypeError(f"Functions({field.name}=…): {wrong}")
+
+
+def _what_is_wrong(given: Any) -> str | None:
+    if isinstance(given, nn.Module):
+        kind = type(given).__name__
+        return f"must be the class {kind}, not a module made of it; partial({kind}, …) sets fields"
+    if not callable(given):
+        return f"must be a function or a linen module class, not {type(given).__name__}"
+    made = getattr(given, "func", given)
+    if _is_module_class(made) and "config" not in {f.name for f in dataclasses.fields(made)}:
+        return (
+            f"{made.__name__} must have a field config: tfm.TransformerConfig, with which it is "
+            "made; call a ready module in one of yours"
+        )
+    return None
+
+
+def _is_module_class(made: Any) -> bool:
+    return inspect.isclass(made) and issubclass(made, nn.Module)
 
 
 def own_module(owner: Any, name: str) -> nn.Module | None:
     """The module that a class in the place of function `name` makes; None of a function."""
     given = getattr(owner.functions, name)
-    made = getattr(given, "func", given)
-    if not (inspect.isclass(made) and issubclass(made, nn.Module)):
+    if not _is_module_class(getattr(given, "func", given)):
         return None
-    return given(owner.config)
+    return given(config=owner.config)
 
 
 def call(
@@ -103,12 +118,21 @@ def call(
     try:
         takes.bind(*([] if module is None else [module]), *arguments, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{where}: {error}; its signature is {takes}") from None
-    result = (given if module is None else module)(*arguments, **kwargs)
+        may = f", and it may name {', '.join(offered)}" if offered else ""
+        raise TypeError(f"{where}: {error}; its signature is {takes}{may}") from None
+    try:
+        result = (given if module is None else module)(*arguments, **kwargs)
+    except Exception as error:
+        error.add_note(f"in {where}")
+        raise
     form = getattr(result, "shape", None)
     if form != shape or not jnp.issubdtype(result.dtype, jnp.floating):
         kind = type(result).__name__ if form is None else f"{result.dtype} {form}"
-        raise TypeError(f"{where}: returned {kind}, not floating numbers {shape}")
+        of = ", ".join(
+            f"{x.dtype} {x.shape}" if hasattr(x, "shape") else repr(x) for x in arguments
+        )
+        message = f"returned {kind}, not floating numbers {shape}; it was given {of}"
+        raise TypeError(f"{where}: {message}")
     return result
 
 

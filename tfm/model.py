@@ -56,6 +56,9 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c, f = self.config, self.functions
+        if not isinstance(f, Functions):
+            given = getattr(f, "__name__", type(f).__name__)
+            raise TypeError(f"functions must be a tfm.Functions(…), not {given}")
         if c.compute_dtype == "auto":
             raise ValueError("compute_dtype='auto': decide it with config.for_platform('cpu')")
         self.target_table = self._table("embedding", c.vocab_size)

@@ -40,13 +40,14 @@ def assert_fits(
     chex.assert_shape(array, tuple(expected), custom_message=message)
 
 
-def assert_broadcasts(name: str, array: Array, shape: Sequence[int]) -> None:
-    """Asserts that `array` broadcasts to `shape`, without adding to it.
+def assert_broadcasts(name: str, array: Array, shape: Sequence[int], axes: str = "") -> None:
+    """Asserts that `array` broadcasts to `shape`, whose `axes` the message names.
 
     Raises:
       AssertionError: names the argument and both shapes.
     """
     message = f"argument {name} {array.shape} does not broadcast to {tuple(shape)}"
+    message += f", of axes {axes}" if axes else ""
     chex.assert_is_broadcastable(array.shape, tuple(shape), custom_message=message)
 
 
@@ -69,7 +70,7 @@ def assert_attends(query: Array, key: Array, mask: Array | None, bias: Array | N
             raise TypeError(f"mask must be boolean (True = may attend), not {given.dtype}")
         if name == "bias" and given.dtype == jnp.bool_:
             raise TypeError("bias must be numbers, which are added to the logits; bool is a mask")
-        assert_broadcasts(name, given, shape)
+        assert_broadcasts(name, given, shape, "[..., L, K]; [H, 1, 1] if of the heads")
         if 2 < given.ndim < len(shape):
             raise AssertionError(
                 f"argument {name} {given.shape} has fewer axes than the logits {shape}: write "

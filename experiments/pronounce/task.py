@@ -15,7 +15,7 @@ from experiments.data.pronunciations import DataError, Lexicon
 from experiments.data.vocabulary import BOS, Vocabulary
 from experiments.distributed.processes import Processes
 from experiments.evaluation import error_rates
-from experiments.functions import identity_of, make_model
+from experiments.functions import check_folder, identity_of, keep_copy, make_model
 from experiments.inference.pronouncer import Pronouncer
 from experiments.pronounce.report import report
 from experiments.training.placement import Layout, divisible
@@ -236,6 +236,7 @@ def run(config: PronounceConfig) -> None:
     with distributed_session(config) as processes:
         folder = RunFolder(config.run)
         config = dataclasses.replace(config, model=decide_compute_dtype(config.model, folder))
+        check_folder(folder, config.functions)
         make_model(config.model, config.functions)  # so that what does not fit is told at once
         lexicons = load_lexicons(config)
         config = resolve(config, lexicons, folder)
@@ -271,6 +272,7 @@ def lead(
             print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
             return
         write_json(folder.path / "config.json", as_json)
+        keep_copy(folder.path, config.functions)
         if done:
             folder.set_aside(done.get("steps", 0))
         sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]

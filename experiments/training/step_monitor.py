@@ -92,7 +92,7 @@ class StepMonitor:
         return self.step + len(self._under_way)
 
     def collect(self, meter: Meter, pending: int) -> list[Skipped]:
-        """Waits for the steps under way but the newest `pending`; returns those without an update."""
+        """Waits for the steps under way but the newest `pending`; those without an update."""
         skipped = []
         while len(self._under_way) > pending:
             number, metrics = self._under_way.popleft()

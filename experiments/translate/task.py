@@ -21,7 +21,7 @@ from experiments.data.text import CorpusError
 from experiments.data.token_store import Store, fetch_store, plan_rows, stored_batches
 from experiments.distributed.processes import Processes
 from experiments.errors import UserError
-from experiments.functions import identity_of, make_model
+from experiments.functions import check_folder, identity_of, keep_copy, make_model
 from experiments.inference.translator import Settings, Translator, load
 from experiments.training.placement import Layout, divisible
 from experiments.training.task import (
@@ -279,6 +279,7 @@ def _withdrawn_unless_begun(folder: RunFolder) -> Iterator[None]:
 def run(config: TranslateConfig) -> None:
     """The whole job: text, vocabulary, training, translation of the test, report."""
     with distributed_session(config) as processes:
+        check_folder(RunFolder(config.run), config.functions)
         functions_of = identity_of(config.functions)  # a wrong file before the text is read
         texts = read(config)
         start = None
@@ -322,6 +323,7 @@ def lead(
         as_json |= plain(prepared.config)
         check_newest(folder, config.steps, prepared.identity)
         write_json(folder.path / "config.json", as_json)
+        keep_copy(folder.path, config.functions)
         if done:
             folder.set_aside(done.get("steps", 0))
         print(

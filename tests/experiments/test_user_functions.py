@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.checkpoints.run_folder import RunFolderError
 from experiments.functions import FunctionsError, load_functions, make_model
 from experiments.inference import predict
 from experiments.inference.predict_config import PredictConfig
@@ -102,14 +101,15 @@ def test_a_user_s_module_goes_through_the_whole_run(config, file, tmp_path, monk
     with pytest.raises(FunctionsError, match="name: 'RMS' -> 'OTHER'"):
         load(config.run, functions=f"{file}:OTHER")
     longer = replace(config, schedule="paper", steps=6)
-    with pytest.raises(RunFolderError, match=r"functions_of.name: 'RMS' -> None"):
+    with pytest.raises(FunctionsError, match=r"a copy is .*functions\.py.*--functions FILE:RMS"):
         run(replace(longer, functions=None))
     file.write_text(FILE + "\n# changed\n")
     load_functions.cache_clear()
     with pytest.raises(FunctionsError, match="sha256: "):
         load(config.run, functions=config.functions)
-    with pytest.raises(RunFolderError, match=r"functions_of.sha256: .* -> "):
+    with pytest.raises(FunctionsError, match=r"another now; that of then is .*functions\.py"):
         run(longer)
+    assert (config.run / "functions.py").read_text() == FILE
     moved = file.rename(tmp_path / "elsewhere.py")  # its contents count, not its place
     moved.write_text(FILE)
     load(config.run, functions=f"{moved}:RMS")
@@ -121,7 +121,7 @@ def test_a_user_s_module_goes_through_the_whole_run(config, file, tmp_path, monk
         ("mine.py", ["FILE:NAME"]),
         ("none.py:RMS", ["none.py", "No such file"]),
         ("mine.py:RMSNorm", ["mine.py", "RMSNorm", "RMS, OTHER, NARROW"]),
-        ("mine.py:NUMBER", ["mine.py", "NUMBER"]),
+        ("mine.py:NUMBER", ["mine.py", "NUMBER is 3"]),
         ("mine.py:NARROW", ["mine.py", "encoder_0/attention_norm", "7)", "8)"]),
     ],
 )
@@ -140,3 +140,14 @@ def test_an_error_in_the_file_is_told_with_its_line(file, line, words):
     with pytest.raises(FunctionsError) as caught:
         make_model(MODEL, f"{file}:RMS")
     assert all(word in str(caught.value) for word in ["mine.py", *words])
+
+
+def test_a_module_beside_the_file_is_not_found_in_the_working_folder_either(tmp_path, monkeypatch):
+    """It would change what the file does, and not its SHA-256."""
+    (tmp_path / "lies_beside.py").write_text("EPSILON = 1e-6\n")
+    (tmp_path / "mine.py").write_text("import tfm\nimport lies_beside\nMINE = tfm.Functions()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(FunctionsError, match=r"mine\.py, line 2: .*'lies_beside'.*itself"):
+        load_functions("mine.py:MINE")
+    import lies_beside  # noqa: F401 (all others find it)

@@ -157,7 +157,8 @@ def test_flax_s_own_interceptors_see_the_same(params):
 @pytest.mark.parametrize("options", [{"names": ["decoder_2/feed_forward"]},
                                      {"patch": {"decoder_2/feed_forward": jnp.sin}}])  # fmt: skip
 def test_an_unknown_name_lists_those_that_there_are(params, options):
-    with pytest.raises(ValueError, match=r"decoder_2/feed_forward.*decoder_1/feed_forward, "):
+    told = r"decoder_2/feed_forward'; did you mean decoder_.*there are source_embedded, "
+    with pytest.raises(ValueError, match=told):
         see(params, **options)
 
 
@@ -167,8 +168,16 @@ def test_a_loop_of_layers_is_refused_by_name(params):
 
 
 @pytest.mark.parametrize(("wrong", "words"), [(lambda x: x[:1], "(1, 3, 8)"),
-                                              (lambda x: x > 0, "bool")])  # fmt: skip
+                                              (lambda x: x > 0, "bool"),
+                                              (lambda x: None, "NoneType")])  # fmt: skip
 def test_a_patch_of_another_form_is_named(params, wrong, words):
     with pytest.raises(TypeError) as caught:
         see(params, patch={"decoder_0/feed_forward": wrong})
     assert all(w in str(caught.value) for w in ("decoder_0/feed_forward", words, "(2, 3, 8)"))
+
+
+def test_a_patch_that_is_no_function_and_names_that_are_one_string_are_told(params):
+    with pytest.raises(TypeError, match="patch of logits must be a function: lambda x: value"):
+        see(params, patch={"logits": jnp.ones((2, 3, 11))})
+    with pytest.raises(TypeError, match=r"names='logits' must be a list of names"):
+        see(params, names="logits")

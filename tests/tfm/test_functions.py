@@ -334,7 +334,10 @@ class Keyed(nn.Module):
         ({"attention_weights": lambda q, k, m: q}, ["encoder_0/attention", "(2, 2, 5, 5)"]),
         ({"layer_norm": Wide}, ["encoder_0/attention_norm", "Wide", "16)", "8)"]),
         ({"feed_forward": Keyed}, ["encoder_0/feed_forward", "Keyed", "'y'"]),
-        ({"sinusoidal_positions": lambda n, d: jnp.zeros((d, n))}, ["the model", "(8, 5)"]),
+        (
+            {"sinusoidal_positions": lambda n, d: jnp.zeros((d, n))},
+            ["the model", "(8, 5)", "given 5, 8"],
+        ),
     ],
 )
 def test_a_replacement_that_does_not_fit_is_named_with_its_layer(params, functions, words):
@@ -343,6 +346,41 @@ def test_a_replacement_that_does_not_fit_is_named_with_its_layer(params, functio
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_what_is_no_function_is_refused():
-    with pytest.raises(TypeError, match="layer_norm.*not str"):
-        tfm.Functions(layer_norm="rms")
+class WithoutConfig(nn.Module):
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("rms", "layer_norm.*not str"),
+        (Wide(tfm.TransformerConfig()), "must be the class Wide, not a module made of it"),
+        (WithoutConfig, "WithoutConfig.*must have a field config"),
+        (nn.RMSNorm, "RMSNorm.*must have a field config.*a ready module in one of yours"),
+        (partial(nn.LayerNorm, epsilon=1e-5), "LayerNorm.*must have a field config"),
+    ],
+)
+def test_what_is_no_function_is_refused(given, told):
+    with pytest.raises(TypeError, match=told):
+        tfm.Functions(layer_norm=given)
+
+
+def test_the_class_in_the_place_of_functions_is_refused(params):
+    with pytest.raises(TypeError, match=r"must be a tfm.Functions\(…\), not Functions"):
+        logits(params, tfm.Functions)
+
+
+def test_a_misspelled_position_lists_what_may_be_named(params):
+    def mine(query, key, mask, *, query_position):
+        return tfm.attention_weights(query, key, mask)
+
+    told = "'query_position'.*it may name kind, query_positions, key_positions"
+    with pytest.raises(TypeError, match=told):
+        logits(params, tfm.Functions(attention_weights=mine))
+
+
+def test_an_error_inside_a_replacement_names_its_layer(params):
+    with pytest.raises(ZeroDivisionError) as caught:
+        logits(params, tfm.Functions(feed_forward=lambda x, *_: 1 / 0))
+    assert "encoder_0/feed_forward: Functions.feed_forward=" in caught.value.__notes__[0]
