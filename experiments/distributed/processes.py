@@ -109,7 +109,8 @@ class Processes:
 
     def unwatch(self) -> None:
         """From now on this process may take as long as it likes."""
-        faulthandler.cancel_dump_traceback_later()
+        if self.count > 1:
+            faulthandler.cancel_dump_traceback_later()
 
     @contextlib.contextmanager
     def ending_together(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Words in, pronunciations out, with an untrained model: what it says is noise, the form is not."""
 
 import dataclasses
+import importlib
 import io
 import json
 import sys
@@ -234,3 +235,10 @@ def test_reading_makes_no_folder(run):
     with pytest.raises(RunFolderError):
         load(run)
     assert not (run / "checkpoints").exists()
+
+
+def test_the_former_place_of_load_goes_on_working(monkeypatch):
+    monkeypatch.delitem(sys.modules, "experiments.pronouncer", raising=False)
+    with pytest.warns(FutureWarning, match=r"is experiments\.inference\.pronouncer now"):
+        former = importlib.import_module("experiments.pronouncer")
+    assert former.load is pronouncer.load
