@@ -71,8 +71,8 @@ def load_functions(given: str) -> Loaded:
 @contextlib.contextmanager
 def _without_files_beside() -> Iterator[None]:
     """Takes the working folder from where Python looks for modules: their SHA-256 is not kept."""
-    before, here = sys.path, os.getcwd()
-    sys.path = [place for place in before if os.path.abspath(place) != here]
+    before, here = sys.path, os.path.realpath(".")
+    sys.path = [place for place in before if os.path.realpath(place) != here]
     try:
         yield
     finally:

@@ -136,10 +136,7 @@ def usage() -> str:
 def _current_flags(name: str, arguments: list[str]) -> list[str]:
     """The flags as the dataclasses have them; one of a former name is told on standard error."""
     if name in ("pronounce", "translate"):
-        flags = "|".join(
-            ("coordinator", "process-id", "num-processes", "connect-timeout", "heartbeat-timeout",
-             "stall-timeout")
-        )  # fmt: skip
+        flags = "coordinator|process-id|num-processes|(connect|heartbeat|stall)-timeout"
         arguments = [re.sub(rf"^--({flags})(?==|$)", r"--cluster.\1", a) for a in arguments]
     if name == "translate":  # "from" is a word of Python's, and cannot be a field
         arguments = [re.sub(r"^--from(?==|$)", "--from-run", a) for a in arguments]

@@ -66,13 +66,18 @@ def _what_is_wrong(given: Any) -> str | None:
         return f"must be the class {kind}, not a module made of it; partial({kind}, …) sets fields"
     if not callable(given):
         return f"must be a function or a linen module class, not {type(given).__name__}"
-    made = getattr(given, "func", given)
+    made = _whole(given)
     if _is_module_class(made) and "config" not in {f.name for f in dataclasses.fields(made)}:
         return (
             f"{made.__name__} must have a field config: tfm.TransformerConfig, with which it is "
             "made; call a ready module in one of yours"
         )
     return None
+
+
+def _whole(given: Replacement) -> Any:
+    """What a `functools.partial` is of."""
+    return getattr(given, "func", given)
 
 
 def _is_module_class(made: Any) -> bool:
@@ -82,7 +87,7 @@ def _is_module_class(made: Any) -> bool:
 def own_module(owner: Any, name: str) -> nn.Module | None:
     """The module that a class in the place of function `name` makes; None of a function."""
     given = getattr(owner.functions, name)
-    if not _is_module_class(getattr(given, "func", given)):
+    if not _is_module_class(_whole(given)):
         return None
     return given(config=owner.config)
 
@@ -137,4 +142,4 @@ def call(
 
 
 def _named(given: Replacement) -> str:
-    return getattr(getattr(given, "func", given), "__qualname__", repr(given))
+    return getattr(_whole(given), "__qualname__", repr(given))

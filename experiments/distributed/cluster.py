@@ -165,10 +165,12 @@ def start(config: ClusterConfig, folder: Path) -> Processes:
             shutdown_timeout_seconds=config.stall_timeout,
         )
     except Exception as error:  # whatever the cluster's own interface has to say
+        why = " ".join(str(error).split())
+        if config.coordinator is not None:
+            raise ProcessError(f"JAX cannot start at {config.coordinator}: {why}") from None
         cluster = environment_tells()
         if cluster == TPU_MACHINE:  # no server there: a notebook of somebody's, on one machine
             return Processes(folder)
-        why = " ".join(str(error).split())
         raise ProcessError(
             f"the environment tells of a cluster ({cluster}) that JAX cannot make out ({why}): "
             "give --coordinator, --process-id and --num-processes, or --num-processes 1"

@@ -1,4 +1,4 @@
-"""What a run keeps on disk: the newest checkpoints, the best by validation, the final model."""
+"""What a training keeps on disk: the newest checkpoints, and the best by validation."""
 
 import contextlib
 import math

@@ -106,9 +106,9 @@ class _Record:
             self.display.say(f"stopped early at step {self.monitor.step}; {told}")
         return state
 
-    def skips(self, leave: int, most: int) -> None:
-        """Looks at the steps under way but the newest `leave`; DivergedError at `most` in a row."""
-        for skipped in self.monitor.collect(self.meter, leave):
+    def skips(self, pending: int, most: int) -> None:
+        """Waits for all but `pending` steps; DivergedError at `most` skipped in a row."""
+        for skipped in self.monitor.collect(self.meter, pending):
             self.display.say(f"{skipped}; no update was made")
             if self.log:
                 self.log.write_skipped(dataclasses.asdict(skipped))
@@ -199,10 +199,8 @@ def train(
             folder.note_sitting(done) if processes.is_first else None
         )
         folder.check_shared()
-        monitor, meter = (
-            StepMonitor(done, notes["batches"], notes["in_a_row"]),
-            Meter(notes["seconds"]),
-        )
+        monitor = StepMonitor(done, notes["batches"], notes["in_a_row"])
+        meter = Meter(notes["seconds"])
         log = MetricsLog(folder, done + 1, monitor.batches_consumed) if processes.is_first else None
         with (
             log or contextlib.nullcontext(),

@@ -259,6 +259,8 @@ def test_a_bias_of_another_form_is_refused(rng):
     for shape in [(4, 6), (3, 4, 5), (2, 3, 1, 4, 5)]:
         biased = partial(attention_weights, bias=jnp.zeros(shape))
         assert_refuses(biased, query, key, words=["bias", str(shape), "(2, 3, 4, 5)"])
+    of_heads = partial(attention_weights, bias=jnp.zeros(3))
+    assert_refuses(of_heads, query, key, words=["bias (3,)", "(2, 3, 4, 5)", "[H, 1, 1] if of the"])
     mask = partial(attention_weights, bias=jnp.zeros((4, 5), bool))
     assert_refuses(mask, query, key, words=["bias", "bool is a mask"], error=TypeError)
 

@@ -1,6 +1,7 @@
 """Which process of how many this is, and how several find each other."""
 
 import contextlib
+import faulthandler
 import os
 import socket
 import subprocess
@@ -132,7 +133,14 @@ def test_a_port_that_is_taken_is_named(tmp_path):
             start(ClusterConfig(f"localhost:{port}", 0, 2), tmp_path)
 
 
-def test_a_process_alone_waits_for_nobody(tmp_path):
+def test_flags_that_jax_cannot_start_with_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax.distributed, "initialize", _raises)
+    with pytest.raises(UserError, match="JAX cannot start at node:9: no server"):
+        start(ClusterConfig("node:9", 1, 2), tmp_path)
+
+
+def test_a_process_alone_waits_for_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: pytest.fail("armed"))
     processes = start(ClusterConfig(), tmp_path)
     assert processes.is_first and processes.count == 1
     assert processes.from_first({"a": (1, 2)}, slow=True) == {"a": [1, 2]}  # as JSON has it
