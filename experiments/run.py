@@ -101,8 +101,8 @@ COMMANDS = {
     ),
     "score": Command(
         "Give the log-probability of translations on standard input.",
-        "experiments.inference.score_sentences:ScoreConfig",
-        "experiments.inference.score_sentences:run",
+        "experiments.inference.score:ScoreConfig",
+        "experiments.inference.score:run",
     ),
     "import": Command(
         "Take over a translation model of another library (Marian, torch.nn.Transformer).",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import tfm
-from experiments.inference.translator import Settings, Translator
+from experiments.inference.predictor import Predictor, Settings
 from experiments.interop.links import flat, tree
 from tfm.training import param_shapes
 
@@ -136,7 +136,7 @@ def translator_of(subwords, target=None, **changes):
     config = config_with(**(sizes | changes))
     arrays = random_arrays(config, 5)
     settings = Settings(source_length=50, target_length=45, beam=3, alpha=0.5)
-    return Translator(
+    return Predictor(
         tfm.Transformer(config), tree(arrays), source=subwords, target=target, settings=settings
     )
 

@@ -62,7 +62,7 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_experiment():
     from experiments.claims.ledger import ClaimsConfig
     from experiments.distributed.cluster import ClusterConfig
     from experiments.inference.predict_config import PredictConfig
-    from experiments.inference.score_sentences import ScoreConfig
+    from experiments.inference.score import ScoreConfig
     from experiments.interop.convert import ExportConfig, ImportConfig
     from experiments.plan.plan import PlanConfig
     from experiments.pronounce.task import PronounceConfig

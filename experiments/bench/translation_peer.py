@@ -41,7 +41,7 @@ from experiments.checkpoints.run_folder import RunFolder, named, write_json
 from experiments.data.text import Files, Pair
 from experiments.data.token_store import open_store
 from experiments.errors import UserError, told_in_one_line
-from experiments.inference.translator import Translator, load, write
+from experiments.inference.predictor import Predictor, load, write
 from experiments.interop.links import tree
 from experiments.interop.torch_names import TorchOptions
 from experiments.interop.torch_transformer import read_model
@@ -70,7 +70,7 @@ class Run:
     path: Path
     config: TrainingConfig
     results: dict[str, Any]
-    translator: Translator
+    translator: Predictor
     valid: list[Pair]
     test: list[Pair]
 
@@ -133,7 +133,7 @@ def train_peer(run: Run, minutes: float, evaluate_minutes: float, best: Path) ->
     return {"mode": mode, "steps_per_second": speeds, "parameters": parameters} | facts
 
 
-def imported(best: Path, run: Run) -> tuple[Translator, float]:
+def imported(best: Path, run: Run) -> tuple[Predictor, float]:
     """The run's translator with the weights in `best`, and the largest difference of its
     log-probabilities from torch's on a few pairs; PeerError where that is more than rounding."""
     c, bos = run.config.model, run.translator.target.bos

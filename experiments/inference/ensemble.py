@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.errors import UserError
+from experiments.inference.predictor import Predictor, load
 from experiments.inference.search import Mean
-from experiments.inference.translator import Translator, load
 
 
 class EnsembleError(UserError):
     """Why models cannot work together."""
 
 
-def ensemble(members: Sequence[tuple[str, Translator]], mean: Mean = "log_linear") -> Translator:
+def ensemble(members: Sequence[tuple[str, Predictor]], mean: Mean = "log_linear") -> Predictor:
     """Named translators as one, under the first's settings and the least of their lengths.
 
     Raises:
@@ -42,7 +42,7 @@ def load_together(
     int8: bool = False,
     mean: Mean | None = None,
     functions: str | None = None,
-) -> Translator:
+) -> Predictor:
     """The models of one or several run folders as one; raises as `load` and `ensemble`."""
     members = [(str(run), load(run, int8, functions)) for run in runs]
     return ensemble(members, mean or "log_linear") if len(members) > 1 else members[0][1]

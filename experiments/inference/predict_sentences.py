@@ -19,8 +19,8 @@ from experiments.inference.lines import (
     text_of,
 )
 from experiments.inference.predict_config import PredictConfig
+from experiments.inference.predictor import Predictor
 from experiments.inference.segmentation import TooLongError
-from experiments.inference.translator import Translator
 
 LEFT_EMPTY = "left empty"
 IN_PARTS = "longer than the model was trained for, and translated in parts"
@@ -78,7 +78,7 @@ class Prediction:
     """The answers to lines: `n` for each, empty ones where a line is empty or refused."""
 
     def __init__(
-        self, translator: Translator, config: PredictConfig, prefixes: Prefixes | None = None
+        self, translator: Predictor, config: PredictConfig, prefixes: Prefixes | None = None
     ) -> None:
         self._translator, self._config, self._prefixes = translator, config, prefixes
         self._n = config.nbest or 1

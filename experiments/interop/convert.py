@@ -14,7 +14,7 @@ from experiments.checkpoints.manifest import sha256
 from experiments.checkpoints.run_folder import RunFolder
 from experiments.data.subwords import Subwords
 from experiments.data.subwords import read_model as read_sentencepiece
-from experiments.inference.translator import Settings, Translator, load, write
+from experiments.inference.predictor import Predictor, Settings, load, write
 from experiments.interop.ctranslate2 import export_ctranslate2
 from experiments.interop.files import (
     BridgeError,
@@ -157,7 +157,7 @@ def _folder(path: str) -> Iterator[Folder]:
         yield Folder(Path(place))
 
 
-def _import_torch(path: Path, options: TorchOptions, given: Vocabularies) -> Translator:
+def _import_torch(path: Path, options: TorchOptions, given: Vocabularies) -> Predictor:
     if given.source_spm is None:
         raise BridgeError(
             "a state dict has no vocabulary: name its SentencePiece file with "
@@ -178,7 +178,7 @@ def _import_torch(path: Path, options: TorchOptions, given: Vocabularies) -> Tra
     source = _subwords(given.source_spm, source_pieces, model.source_order, pad, eos, unk)
     length = min(given.length, model.positions or given.length)
     settings = Settings(source_length=length, target_length=length)
-    return Translator(
+    return Predictor(
         Transformer(model.config), tree(model.arrays), source=source, target=target,
         settings=settings,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from tfm.config import TransformerConfig
 if TYPE_CHECKING:
     from ctranslate2.specs import LayerSpec, TransformerSpec
 
-    from experiments.inference.translator import Translator
+    from experiments.inference.predictor import Predictor
 
 POSITIONS = 1024
 """Rows of a table of sinusoids, unless the model was trained for longer sentences."""
@@ -120,7 +120,7 @@ def _fill_layer(arrays: Tensors, name: str, side: str, layer: "LayerSpec") -> No
         _fill_norm(arrays, f"{name}/{part}_norm", spec.layer_norm)
 
 
-def export_ctranslate2(path: Path, translator: "Translator", int8: bool = False) -> None:
+def export_ctranslate2(path: Path, translator: "Predictor", int8: bool = False) -> None:
     """Writes a model folder into the empty `path`: model.bin, config.json, vocabularies, and the
     SentencePiece files, which CTranslate2 itself does not read.
 

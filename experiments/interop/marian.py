@@ -15,7 +15,7 @@ from typing import Any
 from experiments.checkpoints.run_folder import named, plain, write_json
 from experiments.data.subwords import Subwords
 from experiments.data.subwords import read_model as read_sentencepiece
-from experiments.inference.translator import Settings, Translator
+from experiments.inference.predictor import Predictor, Settings
 from experiments.interop.files import BridgeError, Folder, named_few
 from experiments.interop.links import flat, tree
 from experiments.interop.marian_model import NOTE, model_files, read_model
@@ -26,7 +26,7 @@ SPECIAL = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
 """What their tokenizer calls the symbols, where tokenizer_config.json does not say."""
 
 
-def import_marian(folder: Folder) -> Translator:
+def import_marian(folder: Folder) -> Predictor:
     """The model of a folder of Hugging Face's Marian; neither torch nor transformers is needed.
 
     Raises BridgeError (or SubwordError, for a SentencePiece file) naming the file and what in it is
@@ -58,7 +58,7 @@ def import_marian(folder: Folder) -> Translator:
             f"{sides['target'].pieces[marian.eos]!r}, but the tokenizer ends with {names['eos']!r}"
         )
     settings = _settings(folder)
-    return Translator(Transformer(marian.config), tree(marian.arrays), **sides, settings=settings)
+    return Predictor(Transformer(marian.config), tree(marian.arrays), **sides, settings=settings)
 
 
 def _special(folder: Folder, tokenizer: dict[str, Any], name: str) -> str:
@@ -91,7 +91,7 @@ def _settings(folder: Folder) -> Settings:
         raise BridgeError(f"{folder.root}: its settings of generation: {error}") from None
 
 
-def export_marian(path: Path, translator: Translator) -> None:
+def export_marian(path: Path, translator: Predictor) -> None:
     """Writes a folder that `MarianMTModel` and `MarianTokenizer` load, into the empty `path`.
 
     Raises BridgeError naming what of the model their library cannot compute, or which symbols it
@@ -136,7 +136,7 @@ def export_marian(path: Path, translator: Translator) -> None:
         write_json(path / name, value)
 
 
-def _check_symbols(translator: Translator) -> None:
+def _check_symbols(translator: Predictor) -> None:
     """Their tokenizer has one name for padding, end and unknown, in both vocabularies."""
     source, target = translator.source, translator.target
     for name, ours in (("padding", (0, 0)), ("the end", (source.eos, target.eos)),

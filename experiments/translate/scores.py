@@ -8,19 +8,19 @@ import chex
 
 from experiments.data.token_store import Store
 from experiments.evaluation import bleu
-from experiments.inference.translator import Translator
+from experiments.inference.predictor import Predictor
 from experiments.translate.config import TranslateConfig
 from experiments.translate.texts import Texts
 
 
-def translated(translator: Translator, sources: Sequence[str], **options: Any) -> list[str]:
+def translated(translator: Predictor, sources: Sequence[str], **options: Any) -> list[str]:
     """A translation of each sentence, in parts where it is too long; of a blank one a blank."""
     found = iter(translator([s for s in sources if s.strip()], long="split", **options))
     return [next(found) if s.strip() else "" for s in sources]
 
 
 def make_evaluate(
-    texts: Texts, translator: Translator, evaluated: int
+    texts: Texts, translator: Predictor, evaluated: int
 ) -> Callable[[chex.ArrayTree], dict[str, float]]:
     """params -> `valid_bleu` of the first `evaluated` validation pairs.
 

@@ -22,7 +22,7 @@ from experiments.data.token_store import Store, fetch_store, plan_rows, stored_b
 from experiments.distributed.processes import Processes
 from experiments.errors import UserError
 from experiments.functions import check_folder, identity_of, keep_copy, make_model
-from experiments.inference.translator import Settings, Translator, load
+from experiments.inference.predictor import Predictor, Settings, load
 from experiments.training.placement import Layout, divisible
 from experiments.training.task import (
     check_same_run,
@@ -42,7 +42,7 @@ from tfm.parallel.mesh import fit_vocabulary
 
 
 def _vocabulary(
-    config: TranslateConfig, folder: RunFolder, clean: Clean, start: Translator | None
+    config: TranslateConfig, folder: RunFolder, clean: Clean, start: Predictor | None
 ) -> tuple[Subwords, Subwords]:
     """Those of the model to start from, of an earlier sitting, or one trained for both sides."""
     place = folder.path / "vocabulary"
@@ -103,7 +103,7 @@ def prepare(
     config: TranslateConfig,
     texts: Texts,
     folder: RunFolder,
-    start: Translator | None,
+    start: Predictor | None,
     as_json: dict[str, Any],
 ) -> Prepared:
     """Cleans and encodes the training text, or finds what an earlier sitting made of it."""
@@ -148,11 +148,11 @@ def valid_examples(prepared: Prepared, texts: Texts) -> list[dict[str, np.ndarra
 def learn(
     prepared: Prepared,
     texts: Texts,
-    start: Translator | None,
+    start: Predictor | None,
     folder: RunFolder,
     layout: Layout,
     processes: Processes,
-) -> tuple[Translator, dict[str, Any]]:
+) -> tuple[Predictor, dict[str, Any]]:
     """Trains (or goes on training); the translator with the weights that `weights` names, and what
     there is to say of the run.
 
@@ -167,7 +167,7 @@ def learn(
     batches = stored_batches(prepared.store, plan, rows=config.rows, own=layout.own_rows)
     settings = Settings(**prepared.identity["settings"])
     model = make_model(config.model, config.functions)
-    untrained = Translator(model, {}, prepared.source, prepared.target, settings)
+    untrained = Predictor(model, {}, prepared.source, prepared.target, settings)
     bos = prepared.target.bos
     valid_loss = make_valid_loss(config, valid_examples(prepared, texts), bos, layout)
     params, facts = train_model(
@@ -202,7 +202,7 @@ def chosen_weights(
 
 
 def finish(
-    prepared: Prepared, texts: Texts, translator: Translator, about: dict[str, Any],
+    prepared: Prepared, texts: Texts, translator: Predictor, about: dict[str, Any],
     folder: RunFolder, as_json: dict[str, Any],
 ) -> None:  # fmt: skip
     """Translates and scores validation and test, and writes all that a finished run holds."""
@@ -224,7 +224,7 @@ def finish(
     write_json(folder.path / "results.json", results)
 
 
-def begun_from(config: TranslateConfig, start: Translator) -> TranslateConfig:
+def begun_from(config: TranslateConfig, start: Predictor) -> TranslateConfig:
     """The config with the model of the run to start from.
 
     Raises UserError where flags ask for another model or vocabulary, or the lengths for more than
@@ -305,7 +305,7 @@ def run(config: TranslateConfig) -> None:
 def lead(
     config: TranslateConfig,
     texts: Texts,
-    start: Translator | None,
+    start: Predictor | None,
     as_json: dict[str, Any],
     layout: Layout,
     processes: Processes,

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.data.pronunciations import padded
 from experiments.data.subwords import Subwords, train_subwords
-from experiments.inference.translator import Settings, Translator
+from experiments.inference.predictor import Predictor, Settings
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
 from tfm.training import init_params, summed_loss
@@ -84,7 +84,7 @@ def trained(subwords):
 
 @pytest.fixture(scope="session")
 def translator(subwords, trained):
-    return Translator(Transformer(CONFIG), trained, subwords, subwords, SETTINGS)
+    return Predictor(Transformer(CONFIG), trained, subwords, subwords, SETTINGS)
 
 
 @pytest.fixture(scope="session")
@@ -93,4 +93,4 @@ def imported(rolled, trained):
     params = trained | {"embedding": trained["embedding"][1:]}
     model = Transformer(dataclasses.replace(CONFIG, vocab_size=SIZE - 1))
     settings = dataclasses.replace(SETTINGS, penalty="power", alpha=1.0)
-    return Translator(model, params, rolled, rolled, settings)
+    return Predictor(model, params, rolled, rolled, settings)

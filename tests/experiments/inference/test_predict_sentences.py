@@ -16,9 +16,9 @@ from experiments.inference.lines import Bar, Tally, chunks, lines_ahead, one_lin
 from experiments.inference.predict import PredictError
 from experiments.inference.predict_config import PredictConfig
 from experiments.inference.predict_sentences import PrefixError
-from experiments.inference.score_sentences import ScoreConfig
-from experiments.inference.score_sentences import run as score
-from experiments.inference.translator import write
+from experiments.inference.predictor import write
+from experiments.inference.score import ScoreConfig
+from experiments.inference.score import run as score
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[3]

@@ -8,7 +8,7 @@ import pytest
 
 import tfm
 from experiments.data.subwords import Subwords
-from experiments.inference.translator import Settings, Translator
+from experiments.inference.predictor import Predictor, Settings
 from experiments.interop.ctranslate2 import export_ctranslate2
 from experiments.interop.links import flat, tree
 
@@ -52,7 +52,7 @@ def random_translator(bos=1, **changes):
     source = pieces_of(own, "s") if own else target
     settings = Settings(source_length=20, target_length=20)
     model = tfm.Transformer(config)
-    return Translator(model, tree(arrays), source=source, target=target, settings=settings)
+    return Predictor(model, tree(arrays), source=source, target=target, settings=settings)
 
 
 def served(path, translator, int8=False):

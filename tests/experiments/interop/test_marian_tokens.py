@@ -9,7 +9,7 @@ import sentencepiece
 from bridging import TEXT, translator_of
 
 from experiments.data.subwords import train_subwords
-from experiments.inference.translator import Settings
+from experiments.inference.predictor import Settings
 from experiments.interop.files import Folder
 from experiments.interop.links import flat, tree
 from experiments.interop.marian import export_marian, import_marian

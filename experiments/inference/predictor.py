@@ -58,7 +58,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Translator:
+class Predictor:
     """A model, its parameters, vocabularies and settings; or several models, as an ensemble.
 
     Padding, and the start symbol, are never generated: all probabilities are those of what can be.
@@ -71,7 +71,7 @@ class Translator:
     source: Subwords
     target: Subwords
     settings: Settings
-    others: tuple["Translator", ...] = ()
+    others: tuple["Predictor", ...] = ()
     """The further members of an ensemble, which `ensemble.ensemble` makes."""
     mean: Mean = "log_linear"
     """What an ensemble takes the mean of: log-probabilities, or (linear) probabilities."""
@@ -277,7 +277,7 @@ class Translator:
 # ---- run folders
 
 
-def _identity(translator: Translator) -> dict[str, Any]:
+def _identity(translator: Predictor) -> dict[str, Any]:
     """What a checkpoint says of its model."""
     return {
         "task": "translate",
@@ -290,7 +290,7 @@ def _identity(translator: Translator) -> dict[str, Any]:
     }
 
 
-def load(run: str | Path, int8: bool = False, functions: str | None = None) -> Translator:
+def load(run: str | Path, int8: bool = False, functions: str | None = None) -> Predictor:
     """The newest model of a run folder, as its checkpoint describes it; with `int8` its matrices
     in 8 bits. `functions`: the FILE:NAME of those that it was trained with. A damaged checkpoint
     is named on standard error, and the one before it taken.
@@ -316,10 +316,10 @@ def load(run: str | Path, int8: bool = False, functions: str | None = None) -> T
                 "trained with"
             )
     params = quantize(params) if int8 else params
-    return Translator(model, params, **vocabularies, settings=Settings(**identity["settings"]))
+    return Predictor(model, params, **vocabularies, settings=Settings(**identity["settings"]))
 
 
-def write(run: str | Path, translator: Translator, about: dict[str, str]) -> None:
+def write(run: str | Path, translator: Predictor, about: dict[str, str]) -> None:
     """A run folder of a model that was not trained in one; `about` says where it comes from.
 
     Raises:

@@ -14,8 +14,8 @@ from experiments.data.pronunciations import padded
 from experiments.data.subwords import SubwordError, Subwords
 from experiments.inference import batches, generation
 from experiments.inference.ensemble import EnsembleError, ensemble, load_together
+from experiments.inference.predictor import Settings, load, write
 from experiments.inference.segmentation import TooLongError
-from experiments.inference.translator import Settings, load, write
 from tfm.kernels.quantization import Quantized, quantize
 from tfm.model import Transformer
 from tfm.training import init_params

@@ -11,7 +11,7 @@ from experiments.inference.ensemble import load_together
 from experiments.inference.hypotheses import Scored
 from experiments.inference.lines import LONGEST, LineError, Tally, lines_of, serve, text_of
 from experiments.inference.predict_sentences import LEFT_EMPTY
-from experiments.inference.translator import Translator
+from experiments.inference.predictor import Predictor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ScoreConfig:
 class Scoring:
     """The answers to lines: empty where a line is empty or refused."""
 
-    def __init__(self, translator: Translator, config: ScoreConfig) -> None:
+    def __init__(self, translator: Predictor, config: ScoreConfig) -> None:
         self._translator, self._config = translator, config
 
     def __call__(
