@@ -41,7 +41,8 @@ from experiments.checkpoints.run_folder import RunFolder, named, write_json
 from experiments.data.text import Files, Pair
 from experiments.data.token_store import open_store
 from experiments.errors import UserError, told_in_one_line
-from experiments.inference.predictor import Predictor, load, write
+from experiments.inference.predictor import Predictor
+from experiments.inference.saved import load, write
 from experiments.interop.links import tree
 from experiments.interop.torch_names import TorchOptions
 from experiments.interop.torch_transformer import read_model

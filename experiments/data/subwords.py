@@ -88,6 +88,9 @@ class Subwords:
         own = tuple(map(self._processor.id_to_piece, range(size)))
         return None if own == self.pieces else [self._ids.get(p, self.unk) for p in own]
 
+    def check(self, text: str) -> None:
+        """Every text can be encoded."""
+
     def encode(self, text: str) -> list[int]:
         """The ids of the pieces of `text`, then `eos`; `unk` for a piece that has no id."""
         return self.encode_all([text])[0]

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Iterable, Sequence
 
 PAD, BOS, EOS = 0, 1, 2
+SPECIAL = ("<pad>", "<s>", "</s>")
 _FIRST = 3  # the id of the first symbol, after the three special ids
 
 
@@ -49,11 +50,19 @@ class Vocabulary:
         for i in map(int, ids):
             if i == EOS:
                 break
-            if not 0 <= i < self.size:
-                raise ValueError(f"id {i} is outside the vocabulary of size {self.size}")
+            symbol = self.piece(i)
             if i >= _FIRST:
-                symbols.append(self.symbols[i - _FIRST])
+                symbols.append(symbol)
         return symbols
+
+    def __contains__(self, symbol: str) -> bool:
+        return symbol in self._ids
+
+    def piece(self, i: int) -> str:
+        """What an id stands for; ValueError for an unknown one."""
+        if not 0 <= i < self.size:
+            raise ValueError(f"id {i} is outside the vocabulary of size {self.size}")
+        return SPECIAL[i] if i < _FIRST else self.symbols[i - _FIRST]
 
     def to_json(self) -> list[str]:
         """The symbols in the order of their ids, for `json.dump`."""

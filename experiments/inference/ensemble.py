@@ -1,11 +1,10 @@
-"""Several translation models as one."""
+"""Several models as one."""
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from experiments.errors import UserError
-from experiments.inference.predictor import Predictor, load
+from experiments.inference.predictor import Predictor
 from experiments.inference.search import Mean
 
 
@@ -14,7 +13,7 @@ class EnsembleError(UserError):
 
 
 def ensemble(members: Sequence[tuple[str, Predictor]], mean: Mean = "log_linear") -> Predictor:
-    """Named translators as one, under the first's settings and the least of their lengths.
+    """Named predictors as one, under the first's settings and the least of their lengths.
 
     Raises:
       EnsembleError: names the first whose vocabularies are not those of the first of all.
@@ -35,14 +34,3 @@ def ensemble(members: Sequence[tuple[str, Predictor]], mean: Mean = "log_linear"
         target_length=min(one.settings.target_length for one in everyone),
     )
     return dataclasses.replace(first, settings=settings, others=tuple(everyone[1:]), mean=mean)
-
-
-def load_together(
-    runs: Sequence[Path],
-    int8: bool = False,
-    mean: Mean | None = None,
-    functions: str | None = None,
-) -> Predictor:
-    """The models of one or several run folders as one; raises as `load` and `ensemble`."""
-    members = [(str(run), load(run, int8, functions)) for run in runs]
-    return ensemble(members, mean or "log_linear") if len(members) > 1 else members[0][1]

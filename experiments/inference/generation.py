@@ -1,4 +1,4 @@
-"""Many sentences through `search.decode`: in batches, with room that grows where it is needed."""
+"""Many texts through `search.decode`: in batches, with room that grows where it is needed."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from experiments.data.pronunciations import padded
-from experiments.data.subwords import Subwords
-from experiments.inference.batches import batches, rows_to_decode
+from experiments.data.tokenizer import Tokenizer
+from experiments.inference.batches import Batching
 from experiments.inference.hypotheses import Hypothesis
 from experiments.inference.search import Group, Rules, decode
 from tfm.decoding import Decoded, length_normalized_score
@@ -48,11 +48,12 @@ class Generator:
     """How jobs become hypotheses."""
 
     groups: tuple[Group, ...]
-    target: Subwords
+    target: Tokenizer
     source_length: int
     target_length: int
     rules: Rules
     n: int  # hypotheses of each job that are wanted, of `rules.hypotheses`
+    batching: Batching
     seed: int = 0  # of samples
 
     def __call__(self, jobs: Sequence[Job], done: Done) -> list[list[Hypothesis]]:
@@ -60,11 +61,11 @@ class Generator:
         alone. Where less leaves them open, they are sought again with twice as much."""
         found: dict[int, list[Hypothesis]] = {}
         waiting, times = list(range(len(jobs))), 1
-        rows_of = partial(rows_to_decode, hypotheses=self.rules.hypotheses)
+        rows_of = partial(self.batching.rows_to_decode, hypotheses=self.rules.hypotheses)
         while waiting:
             unfinished = []
             lengths = [len(jobs[i].source) for i in waiting]
-            for batch in batches(lengths, self.source_length, rows_of):
+            for batch in self.batching.batches(lengths, self.source_length, rows_of):
                 members = [waiting[k] for k in batch.members]
                 chosen = [jobs[waiting[k]] for k in batch.filled]
                 room = self._room(chosen, batch.width, times)

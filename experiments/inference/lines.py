@@ -1,4 +1,4 @@
-"""Lines on standard input, answers on standard output: what translating and scoring share."""
+"""Lines on standard input, answers on standard output: what predict and score share."""
 
 import collections
 import io
@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.errors import UserError
 from experiments.streams import to_reader
 
-LINES_AT_ONCE = 1024  # sorted by length within; enough to fill batches, little to hold
 BYTES_AT_ONCE = 1 << 22
 LONGEST = 1 << 20  # bytes of a line; a longer one is refused
 
@@ -124,12 +123,12 @@ class Bar:
 Answers = Callable[[list[tuple[int, bytes]], Tally, Callable[[int], None]], Iterable[str]]
 
 
-def serve(verb: str, answers: Answers, lines: Iterable[bytes]) -> None:
+def serve(verb: str, answers: Answers, lines: Iterable[bytes], at_once: int) -> None:
     """Writes the answers to each chunk of lines to standard output, as soon as they are there.
 
-    A person at a terminal gets each answer at once.
+    A chunk is of `at_once` lines at most; a person at a terminal gets each answer at once.
     """
-    at_once = 1 if sys.stdin.isatty() else LINES_AT_ONCE
+    at_once = 1 if sys.stdin.isatty() else at_once
     output, tally = sys.stdout.buffer, Tally()  # UTF-8 whatever the locale: the input is UTF-8 too
     with Bar(verb, lines_ahead(sys.stdin.buffer)) as bar:
         for chunk in chunks(lines, at_once):

@@ -1,26 +1,183 @@
-"""Standard input to standard output, line for line: words are pronounced, sentences translated."""
+"""Words or sentences on standard input, what a model makes of them on standard output."""
 
-from experiments.checkpoints.run_folder import RunFolder
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from experiments.data.tokenizer import InputError, Symbols
 from experiments.errors import UserError
-from experiments.inference import predict_words
+from experiments.inference.hypotheses import Hypothesis, pharaoh
+from experiments.inference.lines import (
+    LONGEST,
+    LineError,
+    Tally,
+    lines_of,
+    one_line,
+    serve,
+    text_of,
+)
 from experiments.inference.predict_config import PredictConfig
+from experiments.inference.predictor import Predictor
+from experiments.inference.saved import load_together
+
+FULL_BATCHES = 16  # of lines read at once: sorted by length within, and little to hold
+LEFT_EMPTY = "left empty"
+IN_PARTS = "longer than the model was trained for, and translated in parts"
+WITHOUT_END = "whose answer had no end within the most tokens"
 
 
-class PredictError(UserError):
-    """What was asked of a run that it cannot do."""
+class PrefixError(UserError):
+    """Why a file of prefixes cannot serve."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What is asked of the model by a line of input; nothing where it is blank, or refused."""
+
+    number: int
+    text: str
+    prefix: str = ""
+
+
+class Prefixes:
+    """The lines of a file, in step with those of the input. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._count = path, 0
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise PrefixError(f"{path}: {error.strerror}") from None
+        self._lines = lines_of(self._file, LONGEST)
+
+    def __enter__(self) -> "Prefixes":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def next(self) -> str:
+        """The next line. Raises PrefixError where there is none, or it is no text."""
+        self._count += 1
+        line = next(self._lines, None)
+        if line is None:
+            raise PrefixError(f"{self._path}: {self._count - 1} lines, and the input has more")
+        try:
+            return text_of(self._count, line).strip(" \t")
+        except LineError as error:
+            raise PrefixError(f"{self._path}, line {self._count}: {error}") from None
+
+    def check_end(self) -> None:
+        """Raises PrefixError where lines are left, since they belong to other sentences then."""
+        if next(self._lines, None) is not None:
+            raise PrefixError(f"{self._path}: more lines than the {self._count} of the input")
+
+
+class Prediction:
+    """The answers to lines: `n` for each, empty ones where a line is empty or refused."""
+
+    def __init__(
+        self, predictor: Predictor, config: PredictConfig, prefixes: Prefixes | None = None
+    ) -> None:
+        self._predictor, self._config, self._prefixes = predictor, config, prefixes
+        self._n = config.nbest or 1
+
+    def __call__(
+        self, chunk: list[tuple[int, bytes]], tally: Tally, done: Callable[[int], None]
+    ) -> Iterator[str]:
+        """The answers to numbered lines; what is wrong with a line is told to `tally`."""
+        lines = self._accepted([self._read(*line, tally) for line in chunk], tally)
+        good = [line for line in lines if line.text]
+        found = self._hypotheses(good, done) if good else []
+        answers = zip(found, self._alignments(good, found), strict=True)
+        for line in lines:
+            if not line.text:
+                yield from [""] * self._n
+                continue
+            hypotheses, links = next(answers)
+            if not all(hypothesis.ended for hypothesis in hypotheses):
+                most = self._predictor.settings.target_length
+                tally.tell(line.number, f"no end within {most} tokens", WITHOUT_END)
+            for hypothesis, column in zip(hypotheses, links, strict=True):
+                yield "\t".join(self._columns(line, hypothesis) + column)
+
+    def _read(self, number: int, line: bytes, tally: Tally) -> Line:
+        prefix = self._prefixes.next() if self._prefixes else ""
+        try:
+            text = text_of(number, line).strip(" \t")
+            if text:
+                self._predictor.source.check(text)
+                self._check_prefix(prefix)
+            return Line(number, text, prefix)
+        except (LineError, InputError) as error:
+            tally.tell(number, str(error), LEFT_EMPTY)
+            return Line(number, "")
+
+    def _check_prefix(self, prefix: str) -> None:
+        try:
+            self._predictor.forced(prefix)
+        except InputError as error:
+            raise LineError(f"prefix {error}") from None
+
+    def _accepted(self, lines: list[Line], tally: Tally) -> list[Line]:
+        """The lines, those without text that are too long and are not to be translated in parts."""
+        most, accepted = self._predictor.settings.source_length, []
+        tokens = iter(self._predictor.lengths([line.text for line in lines if line.text]))
+        for line in lines:
+            if line.text and (count := next(tokens)) > most:
+                why = f"{count} tokens, more than the {most} that the model was trained for"
+                if self._config.long == "split":
+                    tally.tell(line.number, f"{why}: translated in parts", IN_PARTS)
+                else:
+                    tally.tell(line.number, f"{why} (see --long split)", LEFT_EMPTY)
+                    line = Line(line.number, "")
+            accepted.append(line)
+        return accepted
+
+    def _hypotheses(self, lines: list[Line], done: Callable[[int], None]) -> list[list[Hypothesis]]:
+        config, texts = self._config, [line.text for line in lines]
+        options = {"long": config.long or "refuse", "done": done}
+        if self._prefixes:
+            options["prefixes"] = [line.prefix for line in lines]
+        if not config.sample:
+            return self._predictor.nbest(texts, self._n, config.beam, alpha=config.alpha, **options)
+        return self._predictor.sample(
+            texts, self._n, seed=config.seed or 0, lines=[line.number for line in lines],
+            temperature=config.temperature or 1.0, top_k=config.top_k, top_p=config.top_p,
+            **options,
+        )  # fmt: skip
+
+    def _alignments(
+        self, lines: list[Line], found: list[list[Hypothesis]]
+    ) -> Iterator[list[list[str]]]:
+        """For each hypothesis of each line the column of its alignment, or none."""
+        if not self._config.align:
+            return iter([[[]] * self._n] * len(lines))
+        pairs = [(line.text, h) for line, own in zip(lines, found, strict=True) for h in own]
+        columns = [[pharaoh(links)] for links in self._predictor.align(pairs)]
+        return (columns[i : i + self._n] for i in range(0, len(columns), self._n))
+
+    def _columns(self, line: Line, hypothesis: Hypothesis) -> list[str]:
+        text = one_line(hypothesis.text)
+        if self._config.nbest is None:
+            return [text]
+        is_word = isinstance(self._predictor.source, Symbols)
+        return [line.text if is_word else str(line.number), f"{hypothesis.score:.4f}", text]
 
 
 def run(config: PredictConfig) -> None:
-    """Standard input to standard output, by what the run was trained for.
+    """Standard input to standard output.
 
-    Raises PredictError for flags that the run has no use for.
+    Raises UserError: a run that cannot be loaded, an ensemble of other vocabularies, a file of
+    prefixes that is not as long as the input.
     """
-    if (RunFolder(config.run).read("config.json") or {}).get("task") == "translate":
-        from experiments.inference import predict_sentences  # what it needs takes long to import
-
-        predict_sentences.run(config)
-        return
-    if flags := config.only_for_translation():
-        named = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
-        raise PredictError(f"{named}: for translation alone, and {config.run} is no such run")
-    predict_words.run(config)
+    with contextlib.nullcontext() if config.prefix is None else Prefixes(config.prefix) as prefixes:
+        runs = [config.run, *config.ensemble]
+        predictor = load_together(runs, config.int8, config.mean, config.functions)
+        lines = lines_of(sys.stdin.buffer, LONGEST)
+        at_once = FULL_BATCHES * predictor.batching.rows
+        serve("predicting", Prediction(predictor, config, prefixes), lines, at_once)
+        if prefixes:
+            prefixes.check_end()

@@ -25,7 +25,7 @@ class PredictConfig:
     functions: str | None = None
     """FILE:NAME of the `tfm.Functions` that the run was trained with (my.py:MINE)."""
     sample: bool = False
-    """Translation only: draw at random in the place of a search; nbest draws so many."""
+    """Draw at random in the place of a search; nbest draws so many."""
     temperature: float | None = None
     """With sample: above 1 evens the probabilities out, below 1 sharpens them. None: 1."""
     top_k: int | None = None
@@ -35,18 +35,17 @@ class PredictConfig:
     seed: int | None = None
     """With sample: what is drawn for a line depends on it, the line and its number. None: 0."""
     prefix: Path | None = None
-    """Translation only: a file with what each line's translation begins with, a line each."""
+    """A file with what each line's answer begins with, a line each."""
     ensemble: tuple[Path, ...] = ()
-    """Translation only: folders of further runs with the same vocabularies, to translate together
-    with."""
+    """Folders of further runs with the same vocabularies, to answer together with."""
     mean: Literal["log_linear", "linear"] | None = None
     """With ensemble: the mean of the log-probabilities, or (linear) of the probabilities. None:
     log_linear."""
     align: bool = False
-    """Translation only: one more column, `i-j` for source piece i and target piece j."""
+    """One more column, `i-j` for source piece i and target piece j."""
     long: Literal["refuse", "split"] | None = None
-    """Translation only: what becomes of a line longer than the model was trained for. None: refuse
-    leaves it empty, and says so; split translates it in parts."""
+    """What becomes of a line longer than the model was trained for. None: refuse
+    leaves it empty, and says so; split takes it in parts."""
 
     def __post_init__(self) -> None:
         self._check_search()
@@ -79,8 +78,3 @@ class PredictConfig:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
-
-    def only_for_translation(self) -> list[str]:
-        """The names of the flags given that only a translation run knows."""
-        given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
-        return sorted(given - {"run", "beam", "nbest", "alpha", "int8", "functions"})

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.errors import UserError
-from experiments.inference.ensemble import load_together
 from experiments.inference.hypotheses import Scored
 from experiments.inference.lines import LONGEST, LineError, Tally, lines_of, serve, text_of
-from experiments.inference.predict_sentences import LEFT_EMPTY
+from experiments.inference.predict import FULL_BATCHES, LEFT_EMPTY
 from experiments.inference.predictor import Predictor
+from experiments.inference.saved import load_together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ScoreConfig:
     """Reads lines `source<TAB>target`, and writes ln P(target | source) and its tokens for each."""
 
     run: Path = Path("runs/translate")
-    """Folder of a finished (or stopped) run of translation."""
+    """Folder of a finished (or stopped) run, of pronunciation or translation."""
     ensemble: tuple[Path, ...] = ()
     """Folders of further runs with the same vocabularies, to score together with."""
     mean: Literal["log_linear", "linear"] | None = None
@@ -40,8 +40,8 @@ class ScoreConfig:
 class Scoring:
     """The answers to lines: empty where a line is empty or refused."""
 
-    def __init__(self, translator: Predictor, config: ScoreConfig) -> None:
-        self._translator, self._config = translator, config
+    def __init__(self, predictor: Predictor, config: ScoreConfig) -> None:
+        self._predictor, self._config = predictor, config
 
     def __call__(
         self, chunk: list[tuple[int, bytes]], tally: Tally, done: Callable[[int], None]
@@ -49,7 +49,7 @@ class Scoring:
         """The answers to numbered lines; what is wrong with a line is told to `tally`."""
         pairs = [self._read(*line, tally) for line in chunk]
         good = [pair for pair in pairs if pair is not None]
-        scored = iter(self._translator.score(good, done) if good else [])
+        scored = iter(self._predictor.score(good, done) if good else [])
         for pair in pairs:
             yield "" if pair is None else self._columns(next(scored))
 
@@ -62,7 +62,7 @@ class Scoring:
                 raise LineError(f"{len(pair)} columns, not source<TAB>target")
             if not all(pair):
                 raise LineError(f"an empty {'target' if pair[0] else 'source'}")
-            self._translator.check(*pair)
+            self._predictor.check(*pair)
             return pair
         except UserError as error:
             tally.tell(number, str(error), LEFT_EMPTY)
@@ -71,14 +71,15 @@ class Scoring:
     def _columns(self, scored: Scored) -> str:
         columns = [f"{scored.log_prob:.6f}", str(len(scored.ids))]
         if self._config.per_token:
-            columns.append(" ".join(self._translator.target.to_pieces(scored.ids)))
+            columns.append(" ".join(self._predictor.target.to_pieces(scored.ids)))
             columns.append(" ".join(f"{value:.6f}" for value in scored.log_probs))
         return "\t".join(columns)
 
 
 def run(config: ScoreConfig) -> None:
     """Standard input to standard output. Raises UserError for runs that cannot be loaded."""
-    translator = load_together(
+    predictor = load_together(
         [config.run, *config.ensemble], config.int8, config.mean, config.functions
     )
-    serve("scoring", Scoring(translator, config), lines_of(sys.stdin.buffer, LONGEST))
+    lines = lines_of(sys.stdin.buffer, LONGEST)
+    serve("scoring", Scoring(predictor, config), lines, FULL_BATCHES * predictor.batching.rows)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from experiments.data.pronunciations import padded
-from experiments.inference.batches import Batch, batches, rows_to_score
+from experiments.inference.batches import Batch, Batching
 from experiments.inference.generation import Done
 from experiments.inference.hypotheses import Scored
 from experiments.inference.search import Group, Rules, attended, log_probs
@@ -16,11 +16,12 @@ Pair = tuple[list[int], list[int]]
 
 
 def _arrays(
-    pairs: Sequence[Pair], limits: tuple[int, int]
+    pairs: Sequence[Pair], limits: tuple[int, int], batching: Batching
 ) -> Iterator[tuple[Batch, list[np.ndarray], list[np.ndarray]]]:
     """Batches of pairs, as wide as the longer side; the arrays [B, L] of both sides, at most
     `limits` wide; their lengths [B]."""
-    for batch in batches([max(map(len, pair)) for pair in pairs], max(limits), rows_to_score):
+    lengths = [max(map(len, pair)) for pair in pairs]
+    for batch in batching.batches(lengths, max(limits), batching.rows_to_score):
         sides = list(zip(*(pairs[i] for i in batch.filled), strict=True))
         arrays = [
             padded(side, min(batch.width, limit), len(side))
@@ -31,11 +32,11 @@ def _arrays(
 
 def score(
     groups: tuple[Group, ...], rules: Rules, pairs: Sequence[Pair], limits: tuple[int, int],
-    done: Done,
+    batching: Batching, done: Done,
 ) -> list[Scored]:  # fmt: skip
     """ln P of each token of each pair's translation."""
     scored = {}
-    for batch, (source, target), (_, lengths) in _arrays(pairs, limits):
+    for batch, (source, target), (_, lengths) in _arrays(pairs, limits, batching):
         found = np.asarray(log_probs(groups, source, target, lengths, rules=rules))
         for i, row in zip(batch.members, found, strict=False):
             ids = pairs[i][1]
@@ -45,11 +46,12 @@ def score(
 
 
 def align(
-    groups: tuple[Group, ...], rules: Rules, pairs: Sequence[Pair], limits: tuple[int, int]
-) -> list[list[int]]:
+    groups: tuple[Group, ...], rules: Rules, pairs: Sequence[Pair], limits: tuple[int, int],
+    batching: Batching,
+) -> list[list[int]]:  # fmt: skip
     """The source position that each token of each pair's translation comes from."""
     places = {}
-    for batch, arrays, lengths in _arrays(pairs, limits):
+    for batch, arrays, lengths in _arrays(pairs, limits, batching):
         found = np.asarray(attended(groups, *arrays, *lengths, rules=rules))
         places |= zip(batch.members, found.tolist(), strict=False)
     return [places[i][: len(target)] for i, (_, target) in enumerate(pairs)]

@@ -256,3 +256,15 @@ def attended(
     mean = jnp.concatenate([weights(group) for group in groups]).mean(0)  # [B, T, S]
     pieces = _within(source_lengths - 1, source)[:, None]
     return jnp.where(pieces, mean, -1).argmax(-1)
+
+
+@partial(jax.jit, static_argnames=("model", "bos"))
+def cross_attention(
+    model: Transformer, params: chex.ArrayTree, source: Array, target: Array, *, bos: int
+) -> Array:
+    """[N, H, T, S]: where every head looks in source [1, S] while target [1, T] is written."""
+    inputs, segments = shift_right(target, bos), jnp.ones_like(target)
+    _, weights = model.apply(
+        {"params": params}, source, inputs, target_segment_ids=segments, return_weights=True
+    )
+    return weights["cross"][:, 0]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from experiments.errors import UserError
+from experiments.data.tokenizer import InputError
 
 # Where a text may be cut, best first; what ends there stays with what it ends.
 SENTENCES = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’»)\]])\s+|(?<=[。！？])(?![”’」』）])\s*")
@@ -12,8 +12,8 @@ CLAUSES = re.compile(r"(?<=[,;:–—])\s+|(?<=[，；：、])")
 WORDS = re.compile(r"\s+")
 
 
-class TooLongError(UserError):
-    """Why a text cannot be translated: more tokens than the model was trained for."""
+class TooLongError(InputError):
+    """Why a text is refused: more tokens than the model was trained for."""
 
 
 def _packed(pieces: list[str], tokens: list[int], most: int) -> list[str]:

@@ -14,7 +14,8 @@ from experiments.checkpoints.manifest import sha256
 from experiments.checkpoints.run_folder import RunFolder
 from experiments.data.subwords import Subwords
 from experiments.data.subwords import read_model as read_sentencepiece
-from experiments.inference.predictor import Predictor, Settings, load, write
+from experiments.inference.predictor import Predictor, Settings
+from experiments.inference.saved import load_translation, write
 from experiments.interop.ctranslate2 import export_ctranslate2
 from experiments.interop.files import (
     BridgeError,
@@ -117,7 +118,7 @@ def run_export(config: ExportConfig) -> None:
             f"{config.run}: its model is made of functions of a user's, which {config.format} has "
             "no place for"
         )
-    translator = load(config.run)
+    translator = load_translation(config.run)
     with new_folder(config.path) as folder:
         if config.format == "marian":
             export_marian(folder, translator)

@@ -37,8 +37,8 @@ seen_words, _, _ = pronunciations.split_by_family(pronunciations.load_cmudict())
 words = [w for w in seen_words if 6 <= len(w) <= 12 and len(seen_words[w][0]) < lengths["target"]]
 words = [str(w) for w in np.random.default_rng(0).choice(words, WORDS, replace=False)]
 rows = {
-    "source": [pronouncer.encode(word) for word in words],
-    "target": [pronouncer.phones.encode(seen_words[word][0]) for word in words],
+    "source": [pronouncer.source.encode(word) for word in words],
+    "target": [pronouncer.target.vocabulary.encode(seen_words[word][0]) for word in words],
 }
 batch = {
     side: jnp.asarray(pronunciations.padded(rows[side], lengths[side], WORDS)) for side in rows
@@ -102,7 +102,7 @@ plots.show()
 said = pronouncer([words[i] for i in pulling[:8]], beam=1)
 for i, heard in zip(pulling[:8], said, strict=True):
     print(f"{words[i]:<13}{lengths_of_gradients[i]:>6.1f}   {' '.join(seen_words[words[i]][0]):<34}"
-          f"the model says {' '.join(heard.phones)}")  # fmt: skip
+          f"the model says {heard}")  # fmt: skip
 
 # %% [markdown]
 # ## How many words does a batch need?

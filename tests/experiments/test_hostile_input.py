@@ -19,7 +19,7 @@ from experiments.checkpoints.safetensors_io import import_params
 from experiments.claims import ledger
 from experiments.data import pronunciations
 from experiments.errors import UserError
-from experiments.inference.pronouncer import load
+from experiments.inference.saved import load
 from tfm.training import param_shapes
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -83,7 +83,8 @@ def test_fuzzed_lines_come_out_one_for_one_in_flat_memory(finished, tmp_path):
     assert len(output) == LINES
     assert output[: LINES // 10] == first
     assert memory < 1.1 * memory_of_few
-    told = {int(e.split(" ")[1].rstrip(":")) for e in errors if e.startswith("line ")}
+    refused = [e for e in errors if e.startswith("line ") and "no end within" not in e]
+    told = {int(e.split(" ")[1].rstrip(":")) for e in refused}
     # The model may say nothing at all to a word, so an empty answer need not be an error.
     assert all(not output[number - 1] for number in told)
     letters = set(b"abcdeABCDE")
@@ -96,9 +97,9 @@ def test_fuzzed_lines_come_out_one_for_one_in_flat_memory(finished, tmp_path):
 
 
 def is_nasty(line: bytes) -> bool:
-    """Empty, longer than the model reads, or with what the model has no letter for."""
+    """Longer than the model reads, or with what the model has no letter for."""
     stripped = line.strip(b" \t\r").lower()
-    return not 0 < len(stripped) < 12 or not set(b"abcde").issuperset(stripped)
+    return len(stripped) >= 12 or not set(b"abcde").issuperset(stripped)
 
 
 @pytest.mark.slow
@@ -132,7 +133,7 @@ class Canary:
 READ_ALL = """
 import sys
 import jax
-from experiments.inference.pronouncer import load
+from experiments.inference.saved import load
 from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
 refused, run, *folders = 0, *sys.argv[1:]
 like = load(run).params

@@ -359,7 +359,6 @@ def test_predict_as_a_process(finished):
     assert len(lines) == 5 and lines[1] == lines[2] == lines[4] == ""
     assert set(lines[0].split()) <= set(SOUNDS.values()) and lines[0] and lines[3]
     assert [line for line in error.decode().splitlines() if line.startswith("line ")] == [
-        "line 2: empty line",
         "line 3: 'xyz': unknown character 'x'",
     ]
 

@@ -12,7 +12,7 @@ import pytest
 from experiments.functions import FunctionsError, load_functions, make_model
 from experiments.inference import predict
 from experiments.inference.predict_config import PredictConfig
-from experiments.inference.pronouncer import load
+from experiments.inference.saved import load
 from experiments.pronounce.task import PronounceConfig, run
 from tfm.config import TransformerConfig
 

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from experiments.bench import translation_peer  # noqa: E402
 from experiments.bench.torch_translation import bucketed, padded, train  # noqa: E402
-from experiments.inference.predictor import load  # noqa: E402
+from experiments.inference.saved import load  # noqa: E402
 from experiments.training.placement import Layout  # noqa: E402
 from experiments.training.task import make_valid_loss  # noqa: E402
 from experiments.translate import task as translate  # noqa: E402

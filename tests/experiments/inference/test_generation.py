@@ -2,6 +2,7 @@
 
 import pytest
 
+from experiments.inference.batches import SENTENCES
 from experiments.inference.generation import Generator, Job, up_to_16
 from experiments.inference.hypotheses import Hypothesis
 from experiments.inference.search import Rules, Sampling
@@ -11,7 +12,7 @@ JOB, FORCED = Job([5, 2], [], (0, 0)), Job([5, 2], [7], (0, 0))
 
 def generator(n=1, target_length=115, **rules):
     """At its end lp(n) = ((5 + 115)/6)^α = 20^α."""
-    return Generator((), None, 64, target_length, Rules(1, 2, 3, **rules), n)
+    return Generator((), None, 64, target_length, Rules(1, 2, 3, **rules), n, SENTENCES)
 
 
 def ended(score):

@@ -1,163 +1,240 @@
-"""Words in, pronunciations out, with an untrained model: what it says is noise, the form is not."""
+"""The commands, line for line: in this process, and as a user runs them."""
 
 import dataclasses
-import importlib
 import io
-import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from experiments.checkpoints.checkpoint import Checkpoints
-from experiments.checkpoints.run_folder import RunFolderError, plain, write_json
-from experiments.data.vocabulary import BOS, Vocabulary
 from experiments.inference import lines as lines_module
-from experiments.inference import predict as command
-from experiments.inference import predict_words, pronouncer
+from experiments.inference import predict
+from experiments.inference.lines import Bar, Tally, chunks, lines_ahead, one_line
+from experiments.inference.predict import PrefixError
 from experiments.inference.predict_config import PredictConfig
-from experiments.inference.predict_words import LONGEST, predict
-from experiments.inference.pronouncer import Pronouncer, UnpronounceableError, load
-from experiments.pronounce.task import PronounceConfig
-from tfm.config import TransformerConfig
-from tfm.kernels.quantization import Quantized
-from tfm.model import Transformer
-from tfm.training import TrainState, init_state, make_optimizer
+from experiments.inference.saved import write
+from experiments.inference.score import ScoreConfig
+from experiments.inference.score import run as score
 
-LETTERS, PHONES = Vocabulary(tuple("abcdé")), Vocabulary(("AA", "B", "K", "D"))
-MODEL = TransformerConfig(
-    vocab_size=PHONES.size, source_vocab_size=LETTERS.size, d_model=8, d_ff=8, num_heads=2,
-    num_encoder_layers=1, num_decoder_layers=1, output_bias=True,
-)  # fmt: skip
-SOURCE_LENGTH, TARGET_LENGTH, BEAM = 7, 6, 2
+pytestmark = pytest.mark.usefixtures("compiled_once")
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def said():
-    """An untrained pronouncer, made once: so the beams that the tests use compile once."""
-    state = init_state(Transformer(MODEL), make_optimizer(lambda _: 0.1, 1.0), jax.random.key(3))
-    # A trained model never says <pad> or <s>, nor nothing: let the untrained one seldom end.
-    params = state.params | {"output_bias": jnp.array([-99.0, -99.0, -1.0, 0, 0, 0, 0])}
-    return Pronouncer(
-        Transformer(MODEL), params, LETTERS, PHONES, SOURCE_LENGTH, TARGET_LENGTH, BEAM, 0.6
-    )
+def run(tmp_path_factory, translator):
+    folder = tmp_path_factory.mktemp("run")
+    write(folder, translator, {})
+    return folder
 
 
-@pytest.fixture(autouse=True)
-def few_rows(monkeypatch):
-    """Batches of four words, so that a handful of words takes several."""
-    monkeypatch.setattr(pronouncer, "ROWS", 4)
+@pytest.fixture
+def call(monkeypatch, capsys, run):
+    """(output lines, error lines) of a command's function with bytes on standard input."""
+
+    def called(function, config, data: bytes):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        capsys.readouterr()
+        function(config)
+        out, err = capsys.readouterr()
+        assert not out or out.endswith("\n")
+        return out.split("\n")[:-1], err.splitlines()
+
+    return called
 
 
-def lines_of(said, data: bytes, at_once=4096, **flags):
-    return list(predict(said, io.BytesIO(data), PredictConfig(**flags), at_once))
+@pytest.fixture
+def say(call, run):
+    """The same of predict."""
+    return lambda data, **flags: call(predict.run, PredictConfig(run=run, **flags), data)
 
 
-def test_one_line_for_each_line_and_the_reason_for_an_empty_one(said, capsys):
-    data = b"ab\n\nABBA\r\nxab\n\xff\n\xc3\x89a\nabcdabc\n  cab \t\nabcdab"
-    lines = lines_of(said, data)
-    words = ["ab", None, "abba", None, None, "éa", None, "cab", "abcdab"]
-    expected = {w: str(p) for w in words if w for p in said([w])}
-    assert lines == ["" if word is None else expected[word] for word in words]
-    assert all(expected[word] for word in ("ab", "abba"))
-    assert capsys.readouterr().err.splitlines() == [
-        "line 2: empty line",
-        "line 4: 'xab': unknown character 'x'",
+def test_one_line_for_each_line_and_the_reason_for_an_empty_one(say, translator):
+    data = b"\xef\xbb\xbfsees\n\n  \t\nhouse cat\r\n\xff\n" + b"a bird " * 20 + b"\nruns \nsmall"
+    found, told = say(data)
+    good = translator(["sees", "house cat", "runs", "small"])
+    assert found == [good[0], "", "", good[1], "", "", *good[2:]] and all(good)
+    (tokens,) = translator.lengths(["a bird " * 20])
+    assert told == [
         "line 5: invalid UTF-8",
-        "line 7: 'abcdabc': 7 letters, more than the 6 that the model was trained for",
+        f"line 6: {tokens} tokens, more than the 16 that the model was trained for "
+        "(see --long split)",
+        "2 lines left empty",
     ]
 
 
-def test_a_long_line_is_dropped_but_keeps_its_place(capsys):
-    long = b"a" * (3 * LONGEST + 5)
-    stream = io.BytesIO(b"ab\n" + long + b"\n\n" + long + b"\n" + b"b" * LONGEST)
-    lines = list(lines_module.lines_of(stream, LONGEST))
-    assert [line[:1] for line in lines] == [b"a", b"a", b"\n", b"a", b"b"]
-    assert max(map(len, lines)) == LONGEST
+def test_nothing_in_nothing_out(say):
+    assert say(b"") == ([], [])
+    assert say(b"\n\r\n") == (["", ""], [])
 
 
-def test_a_line_too_long_is_named_and_not_repeated(said, capsys):
-    data = b"ab\n" + b"b" * LONGEST + b"\n" + b"?" * 200 + b"\n"
-    lines = list(predict(said, lines_module.lines_of(io.BytesIO(data), LONGEST), PredictConfig()))
-    assert len(lines) == 3 and lines[0] and lines[1:] == ["", ""]
-    shown = "?" * 60
+def test_lines_end_at_line_feeds_alone(say):
+    found, told = say("sees\u2028runs\u0085\x0b\n\x00\nruns".encode())
+    assert len(found) == 3 and told == []
+
+
+def test_a_line_of_many_bytes_keeps_its_place(say, monkeypatch):
+    monkeypatch.setattr(lines_module, "LONGEST", 100)
+    monkeypatch.setattr(predict, "LONGEST", 100)
+    found, told = say(b"sees\n" + b"a" * 350 + b"\nruns")
+    assert [bool(line) for line in found] == [True, False, True]
+    assert told == ["line 2: longer than 100 bytes", "1 line left empty"]
+
+
+def test_long_lines_in_parts_are_counted(say, translator):
+    long = "the cat sees. a bird sees! old house dog"
+    found, told = say(f"sees\n{long}\n".encode(), long="split")
+    assert found == translator(["sees", long], long="split")
+    assert told == [
+        f"line 2: {translator.lengths([long])[0]} tokens, more than the 16 that the model was "
+        "trained for: translated in parts",
+        "1 line longer than the model was trained for, and translated in parts",
+    ]
+
+
+def test_nbest_keeps_step_and_has_numbers_and_scores(say, translator):
+    found, _ = say(b"sees\n\nhouse cat\n", nbest=2)
+    expected = translator.nbest(["sees", "house cat"], 2)
+    rows = [[str(n), f"{h.score:.4f}", h.text] for n, best in zip((1, 3), expected, strict=True)
+            for h in best]  # fmt: skip
+    assert found[2:4] == ["", ""] and [line.split("\t") for line in found[:2] + found[4:]] == rows
+
+
+def test_beam_and_alpha_are_those_of_the_call(say, translator):
+    found, _ = say(b"house cat\nthe dog bird", beam=2, alpha=2.0, nbest=1)
+    for line, (best,) in zip(
+        found, translator.nbest(["house cat", "the dog bird"], 1, 2, alpha=2.0), strict=True
+    ):
+        assert line.split("\t")[1:] == [f"{best.score:.4f}", best.text]
+
+
+@pytest.mark.slow
+def test_samples_go_by_the_number_of_the_line(say, translator):
+    found, _ = say(b"\nhouse cat\nsees\n", sample=True, seed=5, top_p=0.9, temperature=1.5)
+    drawn = translator.sample(
+        ["house cat", "sees"], seed=5, lines=[2, 3], top_p=0.9, temperature=1.5
+    )
+    assert found == ["", *(one_line(h.text) for (h,) in drawn)]
+
+
+@pytest.mark.slow
+def test_prefixes_are_read_in_step(say, translator, tmp_path):
+    file = tmp_path / "prefixes"
+    file.write_bytes(b"\xef\xbb\xbfthe old\r\n\nnever\na")
+    found, told = say(b"house cat\nsees\n\nruns\n", prefix=file)
+    good = translator(["house cat", "sees", "runs"], prefixes=["the old", "", "a"])
+    assert found == [*good[:2], "", good[2]] and found[0].startswith("the old") and told == []
+    with pytest.raises(PrefixError, match="prefixes: 4 lines, and the input has more"):
+        say(b"\n" * 5, prefix=file)
+    with pytest.raises(PrefixError, match="prefixes: more lines than the 3 of the input"):
+        say(b"\n" * 3, prefix=file)
+    file.write_bytes(b"\xff\n")
+    with pytest.raises(PrefixError, match="prefixes, line 1: invalid UTF-8"):
+        say(b"a\n", prefix=file)
+    with pytest.raises(PrefixError, match="absent: No such file"):
+        say(b"a\n", prefix=tmp_path / "absent")
+    file.write_bytes(b"runs runs runs runs runs runs\n")
+    found, told = say(b"sees\n", prefix=file)
+    assert found == [""] and "line 1: prefix 'runs runs" in told[0]
+
+
+def test_align_adds_a_column(say, translator):
+    found, _ = say(b"house cat\n\nsees", align=True)
+    best = [hypotheses[0] for hypotheses in translator.nbest(["house cat", "sees"])]
+    links = translator.align([("house cat", best[0]), ("sees", best[1])])
+    shown = [" ".join(f"{i}-{j}" for i, j in own) for own in links]
+    assert found == [f"{best[0].text}\t{shown[0]}", "", f"{best[1].text}\t{shown[1]}"]
+    pairs, _ = say(b"house cat\nsees", align=True, nbest=2)
+    assert [line.split("\t")[3] for line in pairs[::2]] == shown
+
+
+@pytest.mark.slow
+def test_an_ensemble_and_eight_bits(say, run, translator):
+    assert say(b"house cat", ensemble=(run,))[0] == translator(["house cat"])
+    assert say(b"house cat", int8=True)[0] != [""]
+
+
+def test_a_translation_without_an_end_is_told(call, translator, tmp_path):
+    settings = dataclasses.replace(translator.settings, target_length=5)
+    write(tmp_path, dataclasses.replace(translator, settings=settings), {})
+    found, told = call(predict.run, PredictConfig(run=tmp_path), b"sees\nhouse cat\nbird house")
+    assert all(found)
+    assert told == [
+        "line 2: no end within 5 tokens",
+        "line 3: no end within 5 tokens",
+        "2 lines whose answer had no end within the most tokens",
+    ]
+
+
+def test_chunks_are_small_where_lines_are_long(monkeypatch):
+    monkeypatch.setattr(lines_module, "BYTES_AT_ONCE", 10)
+    made = list(chunks([b"ab", b"cd", b"x" * 11, b"e", b"f", b"g"], 3))
+    assert [[number for number, _ in chunk] for chunk in made] == [[1, 2, 3], [4, 5, 6]]
+    made = list(chunks([b"x" * 11] * 3 + [b"ab"], 3))
+    assert [[number for number, _ in chunk] for chunk in made] == [[1, 2], [3, 4]]
+    assert list(chunks([], 3)) == []
+
+
+def test_results_do_not_depend_on_chunks(say, monkeypatch):
+    data = b"sees\n\nhouse cat\nruns\nsmall\n"
+    whole = say(data, nbest=2)
+    serve = predict.serve
+    monkeypatch.setattr(predict, "serve", lambda *most: serve(*most[:-1], 2))
+    assert say(data, nbest=2) == whole
+
+
+def test_what_breaks_lines_and_columns_becomes_spaces():
+    assert one_line("a\r\nb\tc\u2028d") == "a  b c\u2028d"
+
+
+def test_lines_ahead_of_a_file_and_of_no_file(tmp_path):
+    file = tmp_path / "lines"
+    for content, lines in ((b"", 0), (b"a", 1), (b"a\n", 1), (b"a\n\nb", 3)):
+        file.write_bytes(content)
+        with file.open("rb") as stream:
+            assert lines_ahead(stream) == lines and stream.read() == content
+    assert lines_ahead(io.BytesIO(b"a\n")) is None
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as stream, os.fdopen(writer, "wb"):
+        assert lines_ahead(stream) is None
+
+
+def test_a_tally_tells_and_counts(capsys):
+    tally = Tally()
+    for number in (3, 5):
+        tally.tell(number, "why", "left empty")
+    tally.sum_up()
     assert capsys.readouterr().err.splitlines() == [
-        "line 2: longer than 4096 bytes",
-        f"line 3: '{shown}'…: unknown character '?'",
-    ]
+        "line 3: why", "line 5: why", "2 lines left empty",
+    ]  # fmt: skip
 
 
-def test_no_input_gives_no_output(said, capsys):
-    assert lines_of(said, b"") == []
-    assert lines_of(said, b"\n\n") == ["", ""]
-    assert capsys.readouterr().err.count("empty line") == 2
+def test_no_bar_where_there_is_no_terminal(capsys):
+    with Bar("translating", 3) as bar:
+        bar.done(1)
+        bar.reached(2)
+    assert capsys.readouterr() == ("", "")
 
 
-def test_order_does_not_depend_on_lengths_or_batches(said):
-    words = [w * n for n in (3, 1, 2) for w in ("a", "b", "ab", "d")]
-    together = [str(p) for p in said(words)]
-    assert together == [str(said([word])[0]) for word in words]
-    assert lines_of(said, "\n".join(words).encode()) == together
-
-
-def test_words_beyond_one_chunk_stay_in_step(said, capsys):
-    data = b"ab\n\nb\nc\n?\nd\nda"
-    lines = lines_of(said, data, at_once=3)
-    assert capsys.readouterr().err.splitlines() == [
-        "line 2: empty line",
-        "line 5: '?': unknown character '?'",
-    ]
-    assert lines == ["" if w in ("", "?") else str(said([w])[0]) for w in data.decode().split("\n")]
-
-
-def test_the_length_penalty_is_that_of_the_run(said):
-    for word in ("ab", "d", "cab"):
-        plain, penalised = (
-            dataclasses.replace(said, alpha=alpha)([word], beam=1)[0] for alpha in (0.0, 1.0)
-        )
-        assert plain.phones == penalised.phones
-        length = min(len(plain.phones) + 1, TARGET_LENGTH)  # the end symbol, where there is one
-        assert penalised.score == pytest.approx(plain.score / ((5 + length) / 6), rel=1e-5)
-
-
-def test_the_length_penalty_of_the_call_goes_before_that_of_the_run(said, run, monkeypatch, capsys):
-    monkeypatch.setattr(predict_words, "load", lambda *_: said)
-    lines = {}
-    for alpha in (None, 0.6, 2.0):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\ncab\n")))
-        command.run(PredictConfig(run=run, nbest=1, alpha=alpha))
-        lines[alpha] = capsys.readouterr().out
-    assert lines[None] == lines[0.6] != lines[2.0]
-
-
-def test_nbest_has_scores_best_first_and_keeps_step(said):
-    lines = lines_of(said, b"ab\n?\nB\n", nbest=2)
-    assert len(lines) == 6 and lines[2:4] == ["", ""]
-    for word, pair in (("ab", lines[:2]), ("b", lines[4:])):
-        fields = [line.split("\t") for line in pair]
-        assert [len(f) for f in fields] == [3, 3]
-        assert [f[0].lower() for f in fields] == [word, word]
-        assert 0 > float(fields[0][1]) >= float(fields[1][1])
-        assert fields[0][2] != fields[1][2]
-        assert fields[0][2] == str(said([word])[0])  # the best of two is the one
-
-
-def test_a_wider_nbest_widens_the_beam_of_the_run(said):
-    lines = lines_of(said, b"ab", nbest=3)
-    assert len({line.split("\t")[2] for line in lines}) == 3
-    assert [[str(p) for p in one] for one in said.nbest(["ab"], 3, 3)] == [
-        [line.split("\t")[2] for line in lines]
-    ]
+# ---- flags
 
 
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
+        ({"temperature": 1.0}, "temperature=1.0 goes with sample"),
+        ({"seed": 0}, "seed=0 goes with sample"),
+        ({"sample": True, "beam": 2}, "beam=2 is for a search"),
+        ({"sample": True, "temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"sample": True, "top_k": 0}, "top_k=0"),
+        ({"sample": True, "top_p": 1.5}, "top_p=1.5"),
+        ({"sample": True, "seed": -1}, "seed=-1"),
+        ({"alpha": -1.0}, "alpha=-1.0"),
         ({"beam": 1, "nbest": 2}, "nbest=2 must be at most beam=1"),
         ({"beam": 0}, "beam=0 must be at least 1"),
         ({"nbest": -1}, "nbest=-1 must be at least 1"),
+        ({"mean": "linear"}, "mean=linear goes with an ensemble"),
     ],
 )
 def test_impossible_flags(flags, why):
@@ -165,80 +242,49 @@ def test_impossible_flags(flags, why):
         PredictConfig(**flags)
 
 
-def test_nbest_beyond_the_beam_is_an_error_from_python_too(said):
-    with pytest.raises(ValueError, match="nbest=3 .* beam=2"):
-        said.nbest(["ab"], 3, 2)
-    with pytest.raises(UnpronounceableError, match="unknown character 'x'"):
-        said(["ab", "xb"])
+# ---- score
 
 
-def test_cross_attention_is_a_distribution_over_the_letters(said):
-    weights = said.cross_attention("abc", ("K", "AA"))
-    assert weights.shape == (1, 2, 3, 4)  # layers, heads, sounds and letters with their ends
-    assert weights.sum(-1) == pytest.approx(1.0, abs=1e-5)
+def test_scores_of_pairs(call, run, translator):
+    data = b"house cat\tdog runs\r\n\nsees\nsees\t\na\tb\tc\n\xff\n\tsees\nsees \t tree\n"
+    data += b"sees\t" + b"runs " * 30
+    found, told = call(score, ScoreConfig(run=run), data)
+    first, last = translator.score([("house cat", "dog runs"), ("sees", "tree")])
+    assert found[0] == f"{first.log_prob:.6f}\t{len(first.ids)}"
+    assert found[7] == f"{last.log_prob:.6f}\t{len(last.ids)}"
+    assert [line for i, line in enumerate(found) if i not in (0, 7)] == [""] * 7
+    assert told[:5] == [
+        "line 3: 1 columns, not source<TAB>target",
+        "line 4: an empty target",
+        "line 5: 3 columns, not source<TAB>target",
+        "line 6: invalid UTF-8",
+        "line 7: an empty source",
+    ]
+    assert "more than the 24 that" in told[5] and told[6:] == ["6 lines left empty"]
 
 
-def test_cross_attention_is_that_of_writing_each_sound(said):
-    # Row i is where the decoder looks while it writes sound i, having read <s> and those before.
-    source, target = jnp.array([LETTERS.encode("abc")]), jnp.array([[BOS, 5, 3]])
-    assert PHONES.encode(["K", "AA"])[:2] == [5, 3]
-    _, weights = said.model.apply({"params": said.params}, source, target, return_weights=True)
-    found = said.cross_attention("abc", ("K", "AA"))
-    np.testing.assert_allclose(found, weights["cross"][:, 0], rtol=1e-5)
+def test_scores_of_tokens(call, run, translator):
+    found, _ = call(score, ScoreConfig(run=run, per_token=True), b"house cat\tdog runs")
+    (scored,) = translator.score([("house cat", "dog runs")])
+    _, count, pieces, values = found[0].split("\t")
+    assert pieces.split(" ") == translator.target.to_pieces(scored.ids)
+    assert len(pieces.split(" ")) == int(count)
+    assert [float(v) for v in values.split(" ")] == pytest.approx(scored.log_probs, abs=1e-6)
+    with pytest.raises(ValueError, match="mean=linear goes with an ensemble"):
+        ScoreConfig(mean="linear")
 
 
-# ---- loading
+# ---- as a process
 
 
-@pytest.fixture
-def run(tmp_path, said):
-    """A run folder with this model, as a run leaves it."""
-    config = PronounceConfig(
-        run=tmp_path, source_length=SOURCE_LENGTH, target_length=TARGET_LENGTH, beam=BEAM,
-        model=MODEL,
-    )  # fmt: skip
-    write_json(tmp_path / "config.json", plain(config))
-    return tmp_path
-
-
-def test_a_saved_model_loads_and_says_the_same(run, said):
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        moments, key = {"count": jnp.int32(3)}, jax.random.PRNGKey(0)
-        vocabularies = {"letters": LETTERS.to_json(), "phones": PHONES.to_json()}
-        identity = json.loads((run / "config.json").read_text()) | {"vocabularies": vocabularies}
-        state = TrainState(jnp.int32(3), said.params, moments, key)
-        checkpoints.save(3, state, {"identity": identity})
-    loaded = load(run)
-    words = ["ab", "cab", "éd"]
-    assert [p.phones for p in loaded(words)] == [p.phones for p in said(words)]
-    fields = {f.name for f in dataclasses.fields(said)} - {"params"}
-    assert {f: getattr(loaded, f) for f in fields} == {f: getattr(said, f) for f in fields}
-
-    small = load(run, int8=True)
-    assert isinstance(small.params["encoder_0"]["feed_forward"]["w1"], Quantized)
-    for one, other in zip(small(words), said(words), strict=True):
-        assert one.score == pytest.approx(other.score, rel=0.1) and one.score != other.score
-
-
-def test_a_missing_folder_is_named_and_not_made(tmp_path):
-    with pytest.raises(RunFolderError, match=r"absent.*config\.json"):
-        load(tmp_path / "absent")
-    assert not (tmp_path / "absent").exists()
-
-
-def test_a_folder_without_a_checkpoint_is_named(run):
-    with pytest.raises(RunFolderError, match="no checkpoint"):
-        load(run)
-
-
-def test_reading_makes_no_folder(run):
-    with pytest.raises(RunFolderError):
-        load(run)
-    assert not (run / "checkpoints").exists()
-
-
-def test_the_former_place_of_load_goes_on_working(monkeypatch):
-    monkeypatch.delitem(sys.modules, "experiments.pronouncer", raising=False)
-    with pytest.warns(FutureWarning, match=r"is experiments\.inference\.pronouncer now"):
-        former = importlib.import_module("experiments.pronouncer")
-    assert former.load is pronouncer.load
+@pytest.mark.slow
+def test_predict_as_a_process(run, translator):
+    command = [sys.executable, "-m", "experiments.run", "predict", "--run", str(run), "--align"]
+    done = subprocess.run(command, input=b"sees\n\xff\nruns", capture_output=True, cwd=ROOT)
+    assert done.returncode == 0
+    lines = done.stdout.decode().split("\n")
+    assert [line.split("\t")[0] for line in lines] == [
+        *translator(["sees"]), "", *translator(["runs"]), "",
+    ]  # fmt: skip
+    told = [line for line in done.stderr.decode().splitlines() if line.startswith(("line", "1"))]
+    assert told == ["line 2: invalid UTF-8", "1 line left empty"]

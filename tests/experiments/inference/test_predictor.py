@@ -12,9 +12,10 @@ from jax import nn
 from experiments.checkpoints.run_folder import RunFolderError
 from experiments.data.pronunciations import padded
 from experiments.data.subwords import SubwordError, Subwords
-from experiments.inference import batches, generation
-from experiments.inference.ensemble import EnsembleError, ensemble, load_together
-from experiments.inference.predictor import Settings, load, write
+from experiments.inference import generation
+from experiments.inference.ensemble import EnsembleError, ensemble
+from experiments.inference.predictor import Settings
+from experiments.inference.saved import load, load_together, load_translation, write
 from experiments.inference.segmentation import TooLongError
 from tfm.kernels.quantization import Quantized, quantize
 from tfm.model import Transformer
@@ -26,12 +27,6 @@ SENTENCES = [
 ]  # fmt: skip
 TARGETS = SENTENCES[5:] + SENTENCES[:5]
 LONG = "the cat sees. a bird sees! old house dog"
-
-
-@pytest.fixture(autouse=True)
-def few_rows(monkeypatch):
-    """Batches of few sentences, so that a handful takes several."""
-    monkeypatch.setattr(batches, "ROWS", 4)
 
 
 @pytest.fixture(params=["translator", "imported"])
@@ -167,10 +162,29 @@ def test_progress_is_told_for_each_sentence_once(translator):
 def test_impossible_searches(translator):
     with pytest.raises(ValueError, match="nbest=3 .* beam=2"):
         translator.nbest(["a"], 3, 2)
-    with pytest.raises(ValueError, match="1 prefixes .* 2 sentences"):
+    with pytest.raises(ValueError, match="1 prefixes .* 2 sources"):
         translator.nbest(["a", "a"], prefixes=["a"])
     with pytest.raises(ValueError, match="temperature"):
         translator.sample(["a"], temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("ask", "why"),
+    [
+        (lambda p: p("sees"), r"sources must be a list of texts: \['sees'\], not 'sees'"),
+        (lambda p: p.nbest("sees", 2), "sources must be a list"),
+        (lambda p: p.sample("sees"), "sources must be a list"),
+        (lambda p: p.lengths("sees"), "sources must be a list"),
+        (lambda p: p(["a", 3]), r"sources\[1\] must be a text, not 3"),
+        (lambda p: p(["a"], prefixes="b"), "prefixes must be a list"),
+        (lambda p: p.score(("a", "b")), r"pairs\[0\] must be \(source, target\), not 'a'"),
+        (lambda p: p.score([("a", ["b"])]), r"pairs\[0\] must be of texts"),
+        (lambda p: p.align("ab"), r"pairs\[0\] must be \(source, target\)"),
+    ],
+)
+def test_one_text_where_a_list_is_meant_is_refused_by_name(translator, ask, why):
+    with pytest.raises(TypeError, match=why):
+        ask(translator)
 
 
 # ---- prefixes
@@ -413,12 +427,12 @@ def test_what_is_written_loads_and_says_the_same(tmp_path, imported):
 
 
 def test_a_folder_of_another_kind_or_of_nothing_is_named_and_not_made(tmp_path):
-    with pytest.raises(RunFolderError, match="absent: not the folder of a translation run"):
+    with pytest.raises(RunFolderError, match=r"absent: not the folder of a run \(no config"):
         load(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
-    (tmp_path / "config.json").write_text('{"task": "pronounce"}')
+    (tmp_path / "config.json").write_text('{"preset": "default"}')
     with pytest.raises(RunFolderError, match="not the folder of a translation run"):
-        load(tmp_path)
+        load_translation(tmp_path)
     (tmp_path / "config.json").write_text('{"task": "translate"}')
     with pytest.raises(RunFolderError, match="no checkpoint"):
         load(tmp_path)

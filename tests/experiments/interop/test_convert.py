@@ -13,7 +13,7 @@ from checks import assert_refuses
 from safetensors.numpy import save_file
 
 from experiments.data.subwords import train_subwords
-from experiments.inference.predictor import load, write
+from experiments.inference.saved import load, write
 from experiments.interop.convert import (
     ExportConfig,
     ImportConfig,

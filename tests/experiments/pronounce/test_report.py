@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.inference.pronouncer import Pronunciation, UnpronounceableError
+from experiments.data.tokenizer import InputError
+from experiments.inference.hypotheses import Hypothesis
 from experiments.pronounce.report import INVENTED, NUM_MISTAKES, make_examples, pick, show
 
 TRAIN = {"rough": [("R", "AH", "F")], "abc": [("EY", "B")], "abd": [("AE", "B"), ("EY", "B", "D")]}
@@ -12,13 +13,15 @@ TEST = {f"word{i}": [("W", str(i))] for i in range(100)} | {"chaos": [("K", "EY"
 class Spelling:
     """A pronouncer of sorts: says each word letter by letter, and knows no z."""
 
+    source = property(lambda self: self)
+
     def encode(self, word):
         if "z" in word:
-            raise UnpronounceableError(word)
+            raise InputError(word)
         return [ord(letter) for letter in word]
 
-    def __call__(self, words):
-        return [Pronunciation(tuple(word.upper()), -len(word) / 10) for word in words]
+    def nbest(self, words):
+        return [[Hypothesis(" ".join(w.upper()), (), -len(w) / 10, 0.0)] for w in words]
 
 
 @pytest.fixture

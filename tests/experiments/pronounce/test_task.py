@@ -13,7 +13,7 @@ from experiments.checkpoints.run_folder import plain
 from experiments.data import pronunciations
 from experiments.data.pronunciations import DataError
 from experiments.data.vocabulary import BOS
-from experiments.inference.pronouncer import Pronouncer, Pronunciation
+from experiments.inference.predictor import Predictor, Settings
 from experiments.pronounce import task as pronounce
 from experiments.pronounce.task import (
     MAY_DIFFER,
@@ -186,7 +186,7 @@ def test_evaluation_is_the_plain_loss_of_each_word_and_the_greedy_error(tmp_path
     monkeypatch.setattr(
         pronounce, "score", lambda _, lexicon, beam: beams.append(beam) or Score(0.5, 0.25, [])
     )
-    pronouncer = Pronouncer(model, None, lexicons.letters, lexicons.phones, 8, 8, 3, 0.6)
+    pronouncer = Predictor(model, None, *lexicons.tokenizers(), Settings(8, 8))
     assert make_evaluate(lexicons, pronouncer)(params) == {"valid_wer": 0.5, "valid_per": 0.25}
     assert beams == [1]
 
@@ -206,16 +206,16 @@ def test_evaluation_is_the_plain_loss_of_each_word_and_the_greedy_error(tmp_path
 
 def test_score_pairs_each_word_with_its_own_references():
     lexicon = {"ab": [("A", "B"), ("A",)], "c": [("K",)], "d": [("D", "E")]}
-    said = {"ab": ("A",), "c": ("K", "K"), "d": ("D", "E")}
+    said = {"ab": "A", "c": "K K", "d": "D E"}
     beams = []
 
     def pronouncer(words, beam=None):
         beams.append(beam)
-        return [Pronunciation(said[word], -0.5) for word in words]
+        return [said[word] for word in words]
 
     found = score(pronouncer, lexicon, beam=3)
     assert beams == [3]
-    assert found.hypotheses == list(said.values())
+    assert found.hypotheses == [("A",), ("K", "K"), ("D", "E")]
     assert (found.wer, found.per) == (1 / 3, 1 / 4)
 
 

@@ -18,7 +18,7 @@ from experiments.checkpoints.safetensors_io import import_params
 from experiments.data.cleaning import Limits
 from experiments.data.subwords import train_subwords
 from experiments.errors import UserError
-from experiments.inference.predictor import load, write
+from experiments.inference.saved import load, write
 from experiments.training.task import decide_compute_dtype
 from experiments.translate import texts as translate_texts
 from experiments.translate.config import TranslateConfig, configured
