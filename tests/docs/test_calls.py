@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import calls
+from docs.scripts import calls
 
 ARRAYS, HEADS = calls._arrays(2, 3, 8, 2), 2
 SAME_SHAPE = "multi-head attention", "feed-forward", "layer norm", "dropout", "embedding", "loss"

@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.data.libreoffice import aligned, main, split
+from docs.scripts.libreoffice import aligned, main, split
 
 PAGE = """<html><body><p>no id, no paragraph of the text</p>
 <h1 id="hd_id1">{0} one two  three
