@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from experiments.errors import exit_code, told_in_one_line
+from experiments.errors import EXTRAS, exit_code, not_installed, told_in_one_line
 from experiments.streams import Talk
 
 
@@ -220,9 +220,12 @@ def main(arguments: list[str]) -> None:
     except SystemExit:  # named, so that leaving does not import what the next line needs
         raise
     except ImportError as error:
-        if error.name != "jax":  # of an unsupported one `tfm` says all that there is to say
+        if error.name in EXTRAS and isinstance(error, ModuleNotFoundError):
+            print(f"error: {not_installed(error.name)}", file=sys.stderr)
+        elif error.name == "jax":  # of an unsupported one `tfm` says all that there is to say
+            print(f"error: {error}", file=sys.stderr)
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except told_in_one_line() as error:
         print(f"error: {error}", file=sys.stderr)
