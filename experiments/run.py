@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments.run [EXPERIMENT] [flags]`."""
+"""The command line: `tfm`, or `python -m experiments.run`, then [EXPERIMENT] [flags]."""
 
 import argparse
 import logging
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from experiments.errors import exit_code, told_in_one_line
+from experiments.errors import EXTRAS, exit_code, not_installed, told_in_one_line
 from experiments.streams import Talk
 
 
@@ -25,6 +25,12 @@ class Command(NamedTuple):
     """The function that takes one."""
     default: Callable[[list[str]], Any] | None = None
     """The config that the flags start from, by those that choose a preset; None: the dataclass."""
+    positional: bool = False
+    """Whether its fields are given by their place, without flags."""
+    device_per_core: bool = False
+    """Whether JAX is to have each core of the CPU as a device, for trainings side by side."""
+    instead: "dict[str, Command]" = {}
+    """By a flag: the command that runs in the place of this one, with flags of its own."""
 
 
 def _chosen(arguments: list[str], **choices: Sequence[str]) -> dict[str, str]:
@@ -55,6 +61,11 @@ def _plan_preset(arguments: list[str]) -> Any:
     return PlanConfig(**defaults(**_chosen(arguments, preset=("base", "small", "big"))))
 
 
+ON_DEVICE = Command(
+    "Measure an accelerator beside its peers, in minutes.",
+    "experiments.bench.device.config:DeviceConfig",
+    "experiments.bench.device.command:run",
+)
 COMMANDS = {
     "pronounce": Command(
         "Train a Transformer to pronounce words, and report on it (the default).",
@@ -72,11 +83,13 @@ COMMANDS = {
         "Measure eleven claims about the Transformer; a ledger with verdicts and figures.",
         "experiments.claims.ledger:ClaimsConfig",
         "experiments.claims.ledger:run",
+        device_per_core=True,
     ),
     "bench": Command(
         "Time this library beside the peers that are installed; ratios and a picture.",
         "experiments.bench.referee:BenchConfig",
         "experiments.bench.referee:run",
+        instead={"--device": ON_DEVICE},
     ),
     "cost": Command(
         "Measure what a token costs by width, depth, length and batch; a law and a picture.",
@@ -93,6 +106,7 @@ COMMANDS = {
         "Say what differs between the models that bear the paper's name.",
         "experiments.reporting.variants:VariantsConfig",
         "experiments.reporting.variants:run",
+        positional=True,
     ),
     "predict": Command(
         "Pronounce or translate standard input with a trained model, line for line.",
@@ -115,21 +129,21 @@ COMMANDS = {
         "experiments.interop.convert:run_export",
     ),
 }
-ON_DEVICE = Command(
-    "Measure an accelerator beside its peers, in minutes.",
-    "experiments.bench.device.config:DeviceConfig",
-    "experiments.bench.device.command:run",
-)
-"""`bench --device`, which has other flags."""
+
+
+def program() -> str:
+    """What the user typed before the experiment."""
+    script = os.path.basename(sys.argv[0])
+    return "tfm" if script in ("tfm", "tfm.exe") else "python -m experiments.run"
 
 
 def usage() -> str:
     """The answer to --help: every command with one sentence."""
     lines = [f"  {name:<12}{command.about}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["usage: python -m experiments.run [EXPERIMENT] [flags]", "", "experiments:", *lines, "",
-         "No experiment means pronounce: `python -m experiments.run` trains it in minutes.",
-         "Flags of one experiment: python -m experiments.run EXPERIMENT --help"]
+        [f"usage: {program()} [EXPERIMENT] [flags]", "", "experiments:", *lines, "",
+         f"No experiment means pronounce: `{program()}` trains it in minutes.",
+         f"Flags of one experiment: {program()} EXPERIMENT --help"]
     )  # fmt: skip
 
 
@@ -156,30 +170,22 @@ def call(name: str, arguments: list[str]) -> None:
     """Parses the flags of a command, and runs it."""
     import tyro
 
-    command, prog = COMMANDS[name], f"python -m experiments.run {name}"
-    if name == "bench" and "--device" in arguments:
-        command, prog = ON_DEVICE, f"{prog} --device"
-        arguments = [argument for argument in arguments if argument != "--device"]
-    if name == "claims":
+    command, prog = COMMANDS[name], f"{program()} {name}"
+    for flag in command.instead.keys() & set(arguments):
+        command, prog = command.instead[flag], f"{prog} {flag}"
+        arguments = [argument for argument in arguments if argument != flag]
+    if command.device_per_core:
         import jax
 
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())  # trainings side by side
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
     run, config = pkgutil.resolve_name(command.run), pkgutil.resolve_name(command.config)
-    if name == "variants":
-        config = tyro.conf.Positional[config]
-    if command.default is None:
-        run(tyro.cli(config, args=arguments, prog=prog))
-    else:
-        run(tyro.cli(config, default=command.default(arguments), args=arguments, prog=prog))
+    start = {} if command.default is None else {"default": command.default(arguments)}
+    config = tyro.conf.Positional[config] if command.positional else config
+    run(tyro.cli(config, args=arguments, prog=prog, **start))
 
 
 def use_huge_pages() -> None:
-    """On Linux, starts this process anew with glibc's malloc on huge pages.
-
-    XLA allocates the buffers of a step anew at each step. On pages of 4 kB the kernel hands out
-    tens of thousands of them every time, which takes a tenth to a sixth of the training on a CPU.
-    glibc reads the setting only where a process begins; other C libraries ignore it.
-    """
+    """On Linux, starts this process anew with glibc's malloc on huge pages, as `cli` explains."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -220,18 +226,36 @@ def main(arguments: list[str]) -> None:
     except SystemExit:  # named, so that leaving does not import what the next line needs
         raise
     except ImportError as error:
-        if error.name != "jax":  # of an unsupported one `tfm` says all that there is to say
+        if error.name in EXTRAS and isinstance(error, ModuleNotFoundError):
+            print(f"error: {not_installed(error.name)}", file=sys.stderr)
+        elif error.name == "jax":  # of an unsupported one `tfm` says all that there is to say
+            print(f"error: {error}", file=sys.stderr)
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except told_in_one_line() as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(exit_code(error))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The whole process of `tfm`, and of `python -m experiments.run`: `main` and what it needs.
+
+    The process is replaced by one of the same words (`os.execv`), since XLA allocates the buffers
+    of a step anew at each step. On pages of 4 kB the kernel hands out tens of thousands of them
+    every time, which takes a tenth to a sixth of the training on a CPU. glibc reads the setting of
+    its malloc only where a process begins; other C libraries ignore it.
+
+    Hooks that belong to the process are replaced here and not in `main`, which others may call:
+    output whose reader has left does not end a training (`Talk`), a failed save is told in its own
+    line alone (`hide_echoes`), and SIGTERM leaves as Ctrl-C does, after a training has saved.
+    """
     use_huge_pages()
     sys.stdout, sys.stderr = Talk(sys.stdout), Talk(sys.stderr)
     hide_echoes()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a training saves first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    cli()

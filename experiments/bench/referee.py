@@ -21,7 +21,7 @@ from experiments.bench.kept import Kept
 from experiments.bench.limits import Limits
 from experiments.bench.workloads import WORKLOADS, Workload
 from experiments.checkpoints.run_folder import RunFolder, plain, write_json, write_text
-from experiments.errors import UserError
+from experiments.errors import UserError, install
 
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 2e-2}
 """How far a peer's loss or outputs may be from ours, by dtype, before it is no peer."""
@@ -36,7 +36,7 @@ class BenchError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-    """Time this library beside the peers that are installed (requirements-bench.txt).
+    """Time this library beside the peers that are installed (pip install "tfm[bench]").
 
     Each pair is one process of ours and one of the peer's, in turn; those of the first pair
     compile, and the others read what they compiled. Rows of less than 10 ms get more pairs, up to
@@ -253,7 +253,8 @@ def run(config: BenchConfig) -> None:
         kept, records = Kept(config.run / "pairs.jsonl"), []
         missing = sorted({p for work in chosen for p in work.peers if not installed(p)})
         if missing:
-            console.print(f"not installed, left out: {', '.join(missing)}")
+            absent = f"not installed, left out: {', '.join(missing)}; {install('bench')}"
+            print(absent, file=sys.stderr)
         for work in chosen:
             peers = [peer for peer in work.peers if peer not in missing]
             try:
@@ -265,7 +266,7 @@ def run(config: BenchConfig) -> None:
             records += [record(work, peer, pairs, limits) for peer, pairs in timed.items() if pairs]
             write_json(config.run / "bench.json", records)
         if not records:
-            raise BenchError("nothing was timed: no peer is installed (requirements-bench.txt)")
+            raise BenchError(f"nothing was timed: no peer is installed: {install('bench')}")
         write_text(config.run / "bench.svg", bars(records))
     Console(width=max(Console().width, 110)).print(table(records))
     print(

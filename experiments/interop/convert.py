@@ -14,6 +14,7 @@ from experiments.checkpoints.manifest import sha256
 from experiments.checkpoints.run_folder import RunFolder
 from experiments.data.subwords import Subwords
 from experiments.data.subwords import read_model as read_sentencepiece
+from experiments.errors import not_installed
 from experiments.inference.predictor import Predictor, Settings
 from experiments.inference.saved import load_translation, write
 from experiments.interop.ctranslate2 import export_ctranslate2
@@ -144,8 +145,8 @@ def _folder(path: str) -> Iterator[Folder]:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise BridgeError(
-            f"{path}: no such folder, and a name on the hub needs the package huggingface_hub "
-            "(requirements-interop.txt)"
+            f"{path}: no such folder, and the hub cannot be asked: "
+            f"{not_installed('huggingface_hub')}"
         ) from None
     with tempfile.TemporaryDirectory() as place:
         try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from experiments.checkpoints.run_folder import named
+from experiments.errors import not_installed
 from experiments.interop.files import BridgeError, Tensors
 from experiments.interop.links import flat, layer_parts, sinusoids
 from tfm.config import TransformerConfig
@@ -132,9 +133,7 @@ def export_ctranslate2(path: Path, translator: "Predictor", int8: bool = False) 
     try:
         import ctranslate2  # noqa: F401
     except ImportError:
-        raise BridgeError(
-            "writing it needs the package ctranslate2 (requirements-interop.txt)"
-        ) from None
+        raise BridgeError(not_installed("ctranslate2")) from None
     source, target, settings = translator.source, translator.target, translator.settings
     # Copies, since quantizing writes over what it is given.
     arrays = {name: array.copy() for name, array in flat(translator.params).items()}

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file
 
 from experiments.checkpoints.run_folder import named
-from experiments.errors import UserError
+from experiments.errors import UserError, not_installed
 
 Tensors = dict[str, np.ndarray]
 SHOWN = 3  # names in a message
@@ -130,8 +130,7 @@ def _read_torch(path: Path) -> Tensors:
         import torch
     except ImportError:
         raise BridgeError(
-            f"{path}: reading it needs torch (requirements-interop.txt); "
-            "a .safetensors file needs none"
+            f"{path}: {not_installed('torch')}; a .safetensors file needs none"
         ) from None
     try:
         with named(path):

@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 
-from experiments.errors import UserError
+from experiments.errors import EXTRAS, UserError, not_installed
 
 
 def main() -> None:
@@ -15,8 +15,9 @@ def main() -> None:
     try:
         from experiments.notebooks.execute import NAMES, TINY, execute, save, size
     except ModuleNotFoundError as error:
-        needed = "pip install -r requirements-notebooks.txt"
-        print(f"error: there is no {error.name}: {needed}", file=sys.stderr)
+        if error.name not in EXTRAS:
+            raise
+        print(f"error: {not_installed(error.name)}", file=sys.stderr)
         sys.exit(2)
     parser = argparse.ArgumentParser(prog="python -m experiments.notebooks", description=__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, help=f"of {', '.join(NAMES)}")

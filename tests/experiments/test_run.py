@@ -3,6 +3,7 @@
 In process where it can be: a new process would import and compile everything again.
 """
 
+import configparser
 import dataclasses
 import io
 import itertools
@@ -32,6 +33,7 @@ from experiments.training import loop
 from experiments.training import task as training
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
+ROOT = Path(__file__).parents[2]
 SOUNDS = {"a": "AA", "b": "B", "c": "K", "d": "D", "e": "EH"}
 STEPS = 160
 TINY = [
@@ -326,7 +328,7 @@ def test_every_setting_reaches_the_training(tiny, tmp_path, monkeypatch):
 def spawn(*arguments, **streams):
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.run", *map(str, arguments)],
-        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **streams,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **streams,
     )  # fmt: skip
 
 
@@ -466,6 +468,35 @@ def test_on_linux_the_process_starts_anew_once_on_huge_pages(monkeypatch):
     arguments = [sys.executable, "-m", "experiments.run", "--help"]
     assert begun == [(sys.executable, arguments)]
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+
+
+@pytest.mark.parametrize("script", ["/somewhere/bin/tfm", "/somewhere/experiments/run.py"])
+def test_help_names_the_command_as_it_was_called(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script])
+    name = "tfm" if script.endswith("tfm") else "python -m experiments.run"
+    assert call("--help") == 0 and call("variants", "--help") == 0
+    out = capsys.readouterr().out
+    assert f"usage: {name} [EXPERIMENT]" in out and f"usage: {name} variants" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no huge pages to ask for")
+def test_the_command_tfm_starts_anew_as_itself(tmp_path):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    name, _, target = setup["options.entry_points"]["console_scripts"].strip().partition(" = ")
+    module, function = target.split(":")
+    script = tmp_path / name
+    script.write_text(  # as pip writes it, and what it sees of its environment
+        "import os, sys\nprint(os.environ.get('GLIBC_TUNABLES'), file=sys.stderr)\n"
+        f"from {module} import {function}\nsys.exit({function}())\n"
+    )
+    environment = {n: value for n, value in os.environ.items() if n != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, script, "--help"], env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("usage: tfm [EXPERIMENT] [flags]\n")
+    assert done.stderr == "None\nglibc.malloc.hugetlb=1\n"
 
 
 def flags_of(config, prefix=""):

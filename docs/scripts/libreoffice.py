@@ -1,6 +1,6 @@
 """English–German text out of LibreOffice's help pages, for measuring (MPL-2.0; not kept here).
 
-    python -m experiments.data.libreoffice EN_FOLDER DE_FOLDER OUT_FOLDER
+    python -m docs.scripts.libreoffice EN_FOLDER DE_FOLDER OUT_FOLDER
 
 The folders are `usr/share/libreoffice/help/en-US` and `…/de` of Debian's packages
 `libreoffice-help-en-us` and `libreoffice-help-de`, as `dpkg-deb -x` unpacks them. A paragraph has

@@ -1,6 +1,6 @@
 """`torch.nn.Transformer` trained on the data of a finished translation run, for the same time.
 
-    python -m experiments.bench.translation_peer --run RUN --minutes 30 \\
+    python -m docs.scripts.translation_peer --run RUN --minutes 30 \\
         --valid SOURCE TARGET --test SOURCE TARGET --out FOLDER
 
 The same pairs, sizes, places of dropout, smoothing, optimizer, slots a batch, and learning rate by
@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from experiments.bench.torch_translation import (
+from docs.scripts.torch_translation import (
     Learner,
     Peer,
     endless,

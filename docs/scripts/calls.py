@@ -1,6 +1,6 @@
 """Single calls as a notebook makes them, un-jitted and in `jax.jit`.
 
-    python -m experiments.bench.calls
+    python -m docs.scripts.calls
 
 Beside each stands what flax linen takes for the same work, and torch (eager) where it is installed:
 milliseconds of a call after the first ones, and how many programs ten calls compiled.
