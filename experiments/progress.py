@@ -31,7 +31,6 @@ class ProgressBar:
         total: float | None = None,
         done: float = 0,
         *,
-        status: str = "",
         silent: bool = False,
         counted: bool = True,
         first_counts: bool = False,
@@ -47,7 +46,7 @@ class ProgressBar:
           first_counts: the first step takes no longer than the others.
         """
         self._what = self._doing = what
-        self._total, self._done, self._status = total, done, status
+        self._total, self._done, self._status = total, done, ""
         self._silent, self._counted = silent, counted
         self._begun = self._reached = self._last_line = time.monotonic()
         self._pace_from = (self._begun, done) if first_counts else None
@@ -79,16 +78,17 @@ class ProgressBar:
         if done != self._done:
             self._done, self._reached = done, time.monotonic()
             self._pace_from = self._pace_from or (self._reached, done)
-        if not self._status:  # else the line comes with the next one
+        if not self._status:  # else a line comes with the next figures
             self._log(at_once=self._complete and self._has_spoken)
 
     def update(self, status: str) -> None:
         """Shows how it goes: a few figures."""
-        self._status = status
-        self._log(at_once=self._complete or not self._has_spoken)
+        first, self._status = not self._status, status
+        self._log(at_once=first or self._complete)
 
     def now(self, doing: str) -> None:
-        """Names what is done between two steps or after the last; a next step takes it back."""
+        """Names what is done before the first step, between two, or after the last; a next step
+        takes it back."""
         self._doing = doing
 
     def say(self, line: str) -> None:
