@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from scipy.optimize import nnls
 
@@ -19,6 +18,7 @@ from experiments.bench.drawing import laws
 from experiments.bench.kept import Kept
 from experiments.bench.workloads import attention_flops, forward_flops
 from experiments.checkpoints.run_folder import RunFolder, plain, write_json, write_text
+from experiments.progress import ProgressBar
 from tfm import Transformer, TransformerConfig, init_state, make_optimizer, make_train_step
 
 VOCABULARY = 1000
@@ -220,12 +220,14 @@ def run(config: CostConfig) -> None:
     """Measures what is not measured yet, fits, and draws."""
     folder = RunFolder(config.run)
     with folder.claim(plain(config), {"run"}):
-        kept, measured = Kept(config.run / "points.jsonl"), {}
-        for point in track(points(), "measuring", console=Console(stderr=True)):
-            key = dataclasses.asdict(point)
-            if not kept.of(key):
-                kept.add(key, measure(point, config.seconds))
-            measured[point] = kept.of(key)[-1]
+        kept = Kept(config.run / "points.jsonl")
+        missing = [point for point in points() if not kept.of(dataclasses.asdict(point))]
+        known = len(points()) - len(missing)
+        with ProgressBar("timing steps", len(points()), known, first_counts=True) as bar:
+            for point in missing:
+                kept.add(dataclasses.asdict(point), measure(point, config.seconds))
+                bar.advance()
+        measured = {point: kept.of(dataclasses.asdict(point))[-1] for point in points()}
         about = summary(measured)
         listed = [dataclasses.asdict(p) | m for p, m in measured.items()]
         write_json(config.run / "cost.json", about | {"points": listed})

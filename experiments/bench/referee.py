@@ -22,6 +22,7 @@ from experiments.bench.limits import Limits
 from experiments.bench.workloads import WORKLOADS, Workload
 from experiments.checkpoints.run_folder import RunFolder, plain, write_json, write_text
 from experiments.errors import UserError, install
+from experiments.progress import ProgressBar
 
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 2e-2}
 """How far a peer's loss or outputs may be from ours, by dtype, before it is no peer."""
@@ -184,7 +185,7 @@ def _timed(work: Workload, name: str, weights: Path) -> dict[str, Any]:
 
 
 def _agreeing(
-    work: Workload, peers: list[str], weights: Path, folder: Path, console: Console
+    work: Workload, peers: list[str], weights: Path, folder: Path, bar: ProgressBar
 ) -> dict[str, float]:
     """Of each peer whose outputs are ours, how far they differ; the others are told."""
     ours, bound, agreeing = _check(work, OURS, weights, folder), AGREE[work.dtype], {}
@@ -197,36 +198,45 @@ def _agreeing(
                 )
             agreeing[peer] = apart
         except BenchError as error:
-            console.print(f"left out: {error}")
+            bar.say(f"left out: {error}")
     return agreeing
 
 
+def _key(work: Workload, peer: str) -> dict[str, str]:
+    return {"id": work.id, "peer_version": version(peer)}
+
+
+def _pairs(work: Workload, peers: list[str], kept: Kept) -> dict[str, list[dict[str, Any]]]:
+    """What was timed before, of each peer."""
+    return {peer: kept.of(_key(work, peer)) for peer in peers}
+
+
 def _time_rounds(
-    work: Workload, peers: list[str], kept: Kept, wanted: int, console: Console
+    work: Workload, peers: list[str], kept: Kept, wanted: int, bar: ProgressBar
 ) -> dict[str, list[dict[str, Any]]]:
     """The pairs of each peer, those that are missing timed now: in a round ours runs once, and then
     each peer that wants another pair."""
-    keys = {peer: {"id": work.id, "peer_version": version(peer)} for peer in peers}
-    pairs = {peer: kept.of(key) for peer, key in keys.items()}
+    pairs = _pairs(work, peers, kept)
     missing = [peer for peer in peers if wants_more(pairs[peer], wanted)]
     if not missing:
         return pairs
+    bar.now(f"timing {work.id}")
     with tempfile.TemporaryDirectory() as name:
         weights = Path(name) / "weights.safetensors"
-        agreeing = _agreeing(work, missing, weights, Path(name), console)
+        agreeing = _agreeing(work, missing, weights, Path(name), bar)
         while turn := [peer for peer in agreeing if wants_more(pairs[peer], wanted)]:
             ours = _timed(work, OURS, weights)
             for peer in turn:
                 try:
                     theirs = _timed(work, peer, weights)
                 except BenchError as error:
-                    console.print(f"left out: {error}")
+                    bar.say(f"left out: {error}")
                     del agreeing[peer]
                     continue
                 pair = {"ours": ours, "peer": theirs, "disagreement": agreeing[peer]}
-                kept.add(keys[peer], pair)
+                kept.add(_key(work, peer), pair)
                 pairs[peer].append(pair)
-                console.print(
+                bar.say(
                     f"{work.id}  {peer}  pair {len(pairs[peer])}/{wanted}: "
                     f"{ours['seconds']:.4g} s and {theirs['seconds']:.4g} s, "
                     f"ratio {theirs['seconds'] / ours['seconds']:.2f}"
@@ -245,26 +255,39 @@ def _limits(kept: Kept) -> Limits:
     return Limits(measured["flops"], measured["bandwidth"])
 
 
+def _time_all(config: BenchConfig, chosen: list[Workload]) -> list[dict[str, Any]]:
+    """The rows of all that is chosen; bench.json is written after each workload."""
+    kept, records = Kept(config.run / "pairs.jsonl"), []
+    peers = {work.id: [peer for peer in work.peers if installed(peer)] for work in chosen}
+    missing = sorted({peer for work in chosen for peer in work.peers if not installed(peer)})
+    to_time = [
+        work.id
+        for work in chosen
+        if any(wants_more(p, config.pairs) for p in _pairs(work, peers[work.id], kept).values())
+    ]
+    done = len(chosen) - len(to_time)
+    with ProgressBar("timing", len(chosen), done, first_counts=True) as bar:
+        if missing:
+            absent = f"not installed, left out: {', '.join(missing)}"
+            bar.say(f"{absent}; {install('bench')}")
+        for work in chosen:
+            try:
+                timed = _time_rounds(work, peers[work.id], kept, config.pairs, bar)
+                limits = _limits(kept)
+                records += [record(work, p, pairs, limits) for p, pairs in timed.items() if pairs]
+                write_json(config.run / "bench.json", records)
+            except BenchError as error:
+                bar.say(f"left out: {error}")
+            if work.id in to_time:
+                bar.advance()
+    return records
+
+
 def run(config: BenchConfig) -> None:
     """The whole benchmark; a peer that fails or is not installed is named, and the others go on."""
-    chosen, console = config.chosen(), Console(stderr=True, highlight=False)
-    folder = RunFolder(config.run)
+    chosen, folder = config.chosen(), RunFolder(config.run)
     with folder.claim(plain(config), {"run", "only", "pairs"}):
-        kept, records = Kept(config.run / "pairs.jsonl"), []
-        missing = sorted({p for work in chosen for p in work.peers if not installed(p)})
-        if missing:
-            absent = f"not installed, left out: {', '.join(missing)}; {install('bench')}"
-            print(absent, file=sys.stderr)
-        for work in chosen:
-            peers = [peer for peer in work.peers if peer not in missing]
-            try:
-                timed = _time_rounds(work, peers, kept, config.pairs, console) if peers else {}
-            except BenchError as error:
-                console.print(f"left out: {error}")
-                continue
-            limits = _limits(kept)
-            records += [record(work, peer, pairs, limits) for peer, pairs in timed.items() if pairs]
-            write_json(config.run / "bench.json", records)
+        records = _time_all(config, chosen)
         if not records:
             raise BenchError(f"nothing was timed: no peer is installed: {install('bench')}")
         write_text(config.run / "bench.svg", bars(records))

@@ -8,9 +8,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from experiments.checkpoints.run_folder import RunFolder, write_json, write_text
 from experiments.claims import (
     attention,
@@ -29,6 +26,7 @@ from experiments.claims import (
 from experiments.claims.evidence import Budget, Claim, judge
 from experiments.claims.pages import publish, write_report
 from experiments.errors import UserError
+from experiments.progress import ProgressBar
 
 _MEMBERS = (scaling, heads, dropout, attention, multihead, positions, feedforward, split,
             layernorm, output, clipping)  # fmt: skip
@@ -43,7 +41,7 @@ PRESETS = {
 _SECONDS = {"scaling": 77, "heads": 110, "dropout": 79, "attention": 4, "multihead": 45,
             "positions": 73, "feedforward": 52, "split": 4, "layernorm": 116, "output": 31,
             "clipping": 65}  # fmt: skip
-"""What each takes in the default preset on two cores, for the time left alone."""
+"""What each takes in the default preset on two cores, for the remaining time alone."""
 
 
 class ClaimsError(UserError):
@@ -91,59 +89,37 @@ def code_of(claim: Claim) -> str:
     return digest.hexdigest()
 
 
-class _Progress:
-    """The whole ledger as one bar on a terminal, a line now and then elsewhere."""
+class _Measuring:
+    """Where the ledger is, on a bar in the seconds that its claims are expected to take."""
 
-    SECONDS_BETWEEN_LINES = 30
-
-    def __init__(self, claims: list[Claim]) -> None:
-        self._console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"),
-            TextColumn("time left"), TimeRemainingColumn(compact=True),
-            console=self._console, disable=not self._console.is_terminal,
-            speed_estimate_period=3600,
-        )  # fmt: skip
-        self._total = sum(_SECONDS[c.id] for c in claims)
-        self._task = self._bar.add_task("claims", total=self._total, status="")
-        self._count, self._number, self._done, self._name = len(claims), 0, 0.0, ""
-        self._started = self._printed = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+    def __init__(self, bar: ProgressBar, count: int) -> None:
+        self._bar, self._count, self._number, self._done = bar, count, 0, 0.0
+        self._started = time.monotonic()
 
     def begin(self, claim: Claim) -> None:
         self._number += 1
-        self._name, self._claim_started = claim.id, time.monotonic()
-        self.report(0.0, "measuring")
+        self._name = f"claim {self._number}/{self._count}: {claim.id}"
+        self._expected, self._claim_started = _SECONDS[claim.id], time.monotonic()
+        self._show("measuring")
 
     def report(self, share: float, status: str) -> None:
         """Called by a training; `share` is of that training alone."""
-        now = time.monotonic()
-        pace = self._done / (now - self._started) if self._done else 1.0
-        expected = _SECONDS[self._name]
-        done = self._done + min((now - self._claim_started) * pace, 0.95 * expected)
-        name = f"{self._number}/{self._count} {self._name}"
-        self._bar.update(self._task, description=name, completed=done, status=status)
-        if self._bar.disable and now - self._printed > self.SECONDS_BETWEEN_LINES:
-            left = (self._total - done) * (now - self._started) / max(done, 1)
-            line = f"{name}  {status}  training {share:.0%}  time left {left:.0f} s"
-            print(line, file=sys.stderr)
-            self._printed = now
+        if self._done:  # the claims before tell how fast this machine is
+            pace = self._done / (self._claim_started - self._started)
+            done = (time.monotonic() - self._claim_started) * pace
+            self._bar.reached(self._done + min(done, 0.95 * self._expected))
+        self._show(f"training {share:.0%}  {status}")
 
     def end(self, claim: Claim, record: dict[str, Any]) -> None:
-        self._done += _SECONDS[claim.id]
-        self._bar.update(self._task, completed=self._done)
-        self.say(f"{claim.id}  {record['seconds']:.0f} s")
+        self._done += self._expected
+        self._bar.reached(self._done)
+        self._bar.say(f"{claim.id}  {record['seconds']:.0f} s")
         for subclaim in record["subclaims"]:
-            self.say(f"  {subclaim['verdict']:<25}{subclaim['statement']}")
+            self._bar.say(f"  {subclaim['verdict']:<25}{subclaim['statement']}")
 
-    def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def _show(self, status: str) -> None:
+        self._bar.now(self._name)
+        self._bar.update(status)
 
 
 def measure(claim: Claim, budget: Budget, folder: RunFolder) -> dict[str, Any]:
@@ -203,25 +179,28 @@ def run(config: ClaimsConfig) -> None:
         publish(config.publish, records, folder.path, measured_with)
         return
     settings = {"preset": config.preset, "seed": config.seed}
+    stale = [claim for claim in chosen if _stale(claim, records)]
+    expected = sum(_SECONDS[claim.id] for claim in stale)
     with (
         folder.claim(settings, ()),
-        _Progress([c for c in chosen if _stale(c, records)]) as progress,
+        ProgressBar("claims", expected, counted=False, first_counts=True) as bar,
     ):
+        measuring = _Measuring(bar, len(stale))
         budget = dataclasses.replace(
-            PRESETS[config.preset], first_seed=config.seed, report=progress.report
+            PRESETS[config.preset], first_seed=config.seed, report=measuring.report
         )
         for claim in chosen:
             if not (why := _stale(claim, records)):
-                progress.say(f"{claim.id}  kept, measured before")
+                bar.say(f"{claim.id}  kept, measured before")
                 continue
             if claim.id in records:
-                progress.say(f"{claim.id}  {why}")
-            progress.begin(claim)
+                bar.say(f"{claim.id}  {why}")
+            measuring.begin(claim)
             records[claim.id] = measure(claim, budget, folder)
             in_order = [records[name] for name in CLAIMS if name in records]
             write_json(file, in_order)
             write_report(folder.report, in_order, settings)
-            progress.end(claim, records[claim.id])
+            measuring.end(claim, records[claim.id])
     print(f"{len(records)} of {len(CLAIMS)} claims measured: {folder.report}")
 
 

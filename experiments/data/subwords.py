@@ -18,8 +18,10 @@ from typing import Any, Literal
 import sentencepiece
 
 from experiments.checkpoints.manifest import write_durably
+from experiments.data.text import chunks
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.errors import UserError
+from experiments.progress import ProgressBar
 
 UNK = 3
 """The id, in a vocabulary of our own, of what no piece stands for; see `train_subwords`."""
@@ -277,23 +279,36 @@ def train_subwords(
       SubwordError: no text; a size that the text is too short for, or its characters too many:
         the largest or smallest that is possible is named.
     """
-    drawn, characters = _drawn(lines, seed)
+    with ProgressBar("reading lines for the vocabulary") as bar:
+        drawn, characters = _drawn(_seen(lines, bar), seed)
     if not any(map(str.strip, drawn)):
         raise SubwordError("there is no text to train a vocabulary on")
     asked = chosen_size(characters) if size is None else size
-    try:
+    with ProgressBar("training the vocabulary", counted=False):
         try:
-            model = _train(drawn, asked, kind, exact=size is not None)
+            model = _train_fitting(drawn, asked, kind, exact=size is not None)
         except RuntimeError as error:
-            smallest = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
-            if size is not None or not smallest:
-                raise
-            model = _train(drawn, 3 * int(smallest[1]) // 2, kind, exact=False)
-    except RuntimeError as error:
-        raise SubwordError(_explained(str(error), asked)) from None
+            raise SubwordError(_explained(str(error), asked)) from None
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = tuple(map(processor.id_to_piece, range(processor.get_piece_size())))
     return Subwords(model, pieces, BOS, EOS, UNK)
+
+
+def _seen(lines: Iterable[str], bar: ProgressBar) -> Iterable[str]:
+    for chunk in chunks(lines, 1024):
+        yield from chunk
+        bar.advance(len(chunk))
+
+
+def _train_fitting(lines: Sequence[str], size: int, kind: str, exact: bool) -> bytes:
+    """`_train`, of more pieces than `size` where the characters need them and not `exact`."""
+    try:
+        return _train(lines, size, kind, exact)
+    except RuntimeError as error:
+        smallest = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+        if exact or not smallest:
+            raise
+        return _train(lines, 3 * int(smallest[1]) // 2, kind, exact)
 
 
 def _train(lines: Sequence[str], size: int, kind: str, exact: bool) -> bytes:

@@ -30,6 +30,7 @@ from experiments.data.packing import endless_batches, fit_rows, pack
 from experiments.data.subwords import Subwords
 from experiments.data.text import CorpusError, chunks
 from experiments.errors import UserError
+from experiments.progress import ProgressBar
 
 _SIDES = ("source", "target")
 _OFFSET = np.dtype("<i8")
@@ -147,7 +148,9 @@ def _encode(
     """Writes ids and offsets of both sides; returns the facts that this brings to light."""
     most, longest = np.array(tokens), np.zeros(2, np.int64)
     ends, pairs = np.zeros(2, np.int64), 0
+    known = clean.cleaned.kept or None  # where it was read through before, for the vocabulary
     with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(ProgressBar("encoding pairs", known, first_counts=True))
         ids, offsets = (
             [stack.enter_context((folder / f"{side}.{kind}").open("xb")) for side in _SIDES]
             for kind in ("ids", "offsets")
@@ -167,6 +170,7 @@ def _encode(
                 ids[i].write(np.array(kept, _id_type(vocabulary)).tobytes())
                 offsets[i].write((ends[i] + np.cumsum(lengths[i])).astype(_OFFSET).tobytes())
             ends += lengths.sum(axis=1)
+            bar.advance(len(chunk))
     cleaned = clean.cleaned
     cleaned = dataclasses.replace(
         cleaned, tokens=tuple(tokens), too_many_tokens=cleaned.kept - pairs

@@ -9,8 +9,8 @@ from experiments.checkpoints.checkpoint import state_sha256
 from experiments.checkpoints.run_folder import MetricsLog, RunFolder
 from experiments.distributed.processes import Processes
 from experiments.errors import UserError
+from experiments.progress import ProgressBar
 from experiments.training.checkpointer import Batches, Checkpointer
-from experiments.training.progress import Display
 from experiments.training.step_monitor import Meter, Metrics, StepMonitor
 from experiments.training.stopping import Stopped, StopSignal
 from tfm.training import TrainState
@@ -69,7 +69,7 @@ class _Record:
     monitor: StepMonitor
     meter: Meter
     log: MetricsLog | None
-    display: Display
+    display: ProgressBar
     learning_rate: Callable[[int], float]
     evaluate: Callable[[Any], Metrics]
 
@@ -88,7 +88,7 @@ class _Record:
             self.monitor.add(metrics)
             step = self.monitor.reached
             stopping = asked_to_stop()  # once a step: a later signal can wait
-            self.display.advance(step)
+            self.display.reached(step)
             due = schedule.due(step)
             # Else one step stays under way, so that the device need not wait for the host.
             self.skips(0 if due or stopping else 1, schedule.most_skipped)
@@ -127,8 +127,9 @@ class _Record:
         step = self.monitor.step
         line, status = self.meter.read()
         line |= {"step": step, "learning_rate": float(self.learning_rate(step - 1))}
-        self.display.update(step, status)
+        self.display.update(status)
         if evaluating:
+            self.display.now("evaluating")
             line |= self.evaluate(state.params)
             self.checkpointer.save_if_best(state, self.monitor, self.meter, line["valid_loss"])
             self.display.say(validation_line(line))
@@ -144,6 +145,7 @@ class _Record:
             self.line(state, "evaluate" in due)
         stalled = "evaluate" in due and self.stalls(schedule)
         if stalled or "save" in due:
+            self.display.now("saving")
             self.checkpointer.save(state, self.monitor, self.meter)
         return stalled
 
@@ -204,8 +206,9 @@ def train(
         log = MetricsLog(folder, done + 1, monitor.batches_consumed) if processes.is_first else None
         with (
             log or contextlib.nullcontext(),
-            Display(schedule.steps, done, silent=not processes.is_first) as display,
+            ProgressBar("training", schedule.steps, done, silent=not processes.is_first) as display,
         ):
+            display.now("compiling")
             if processes.is_first:  # else it speaks for itself
                 stop.say = display.say
             if done:
@@ -223,6 +226,7 @@ def train(
                 evaluate,
             )
             state = record.steps(train_step, state, batches, schedule, lambda: agree(stop.received))
+            checkpointer.wait()  # while the bar says that it saves
     facts = {
         "steps": monitor.step,
         "stopped_early": monitor.step < schedule.steps,

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import progress
 from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
 from experiments.checkpoints.run_folder import RunFolder, RunFolderError, write_json
 from experiments.checkpoints.trained import check_newest
 from experiments.data.packing import packed_batches
-from experiments.training import progress as display
 from experiments.training import step_monitor as monitor
 from experiments.training import stopping
 from experiments.training.loop import DivergedError, Schedule, train
@@ -246,7 +246,7 @@ def test_rates_are_counts_over_seconds(tmp_path, monkeypatch, capsys):
     def tick():
         clock.now += 10.0
 
-    for module in (monitor, display):
+    for module in (monitor, progress):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
     run(tmp_path, Step(dict.fromkeys(range(1, STEPS + 1), tick)), log_every=4, evaluate_every=12)
     batches = packed_batches(EXAMPLES, rows=4, source_length=5, target_length=7, seed=0)
@@ -261,9 +261,9 @@ def test_rates_are_counts_over_seconds(tmp_path, monkeypatch, capsys):
         assert line["tokens_per_second"] == pytest.approx(0.9)  # 9 a step of 10 seconds
         assert line["seconds"] == pytest.approx(10 * line["step"])
     shown = capsys.readouterr().err
-    # Step 4 came after 40 seconds, so 8 more take 80.
-    assert re.search(r"step 4/12  loss -?[\d.]+  [\d,]+ words/s  time left 80 s\n", shown)
-    assert re.search(r"step 12/12  .*time left 0 s\n", shown)
+    figures = r"loss -?[\d.]+  [\d,]+ words/s"
+    assert re.search(rf"training  4/12  {figures}  elapsed 0:40  remaining 1:20\n", shown)
+    assert re.search(rf"training  12/12  {figures}  elapsed 2:00\n", shown)
 
 
 # ---- steps that go wrong
