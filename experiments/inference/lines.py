@@ -9,10 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from experiments.errors import UserError
+from experiments.progress import ProgressBar
 from experiments.streams import to_reader
 
 BYTES_AT_ONCE = 1 << 22
@@ -92,34 +90,6 @@ def lines_ahead(stream: BinaryIO) -> int | None:
         return None
 
 
-class Bar:
-    """How many lines are done, on standard error: where that is a terminal, and standard output,
-    which would show as much, is not."""
-
-    def __init__(self, verb: str, total: int | None) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=console, disable=not console.is_terminal or sys.stdout.isatty(),
-        )  # fmt: skip
-        self._task = self._progress.add_task("", total=total)
-
-    def __enter__(self) -> "Bar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def done(self, count: int) -> None:
-        """`count` more sentences."""
-        self._progress.advance(self._task, count)
-
-    def reached(self, line: int) -> None:
-        """All lines up to `line`, those included that gave nothing to do."""
-        self._progress.update(self._task, completed=line)
-
-
 Answers = Callable[[list[tuple[int, bytes]], Tally, Callable[[int], None]], Iterable[str]]
 
 
@@ -130,9 +100,10 @@ def serve(verb: str, answers: Answers, lines: Iterable[bytes], at_once: int) -> 
     """
     at_once = 1 if sys.stdin.isatty() else at_once
     output, tally = sys.stdout.buffer, Tally()  # UTF-8 whatever the locale: the input is UTF-8 too
-    with Bar(verb, lines_ahead(sys.stdin.buffer)) as bar:
+    # On a terminal the answers themselves show how far it is.
+    with ProgressBar(verb, lines_ahead(sys.stdin.buffer), silent=sys.stdout.isatty()) as bar:
         for chunk in chunks(lines, at_once):
-            text = "".join(f"{answer}\n" for answer in answers(chunk, tally, bar.done))
+            text = "".join(f"{answer}\n" for answer in answers(chunk, tally, bar.advance))
             with to_reader():
                 output.write(text.encode())
                 output.flush()

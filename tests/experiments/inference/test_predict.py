@@ -11,7 +11,7 @@ import pytest
 
 from experiments.inference import lines as lines_module
 from experiments.inference import predict
-from experiments.inference.lines import Bar, Tally, chunks, lines_ahead, one_line
+from experiments.inference.lines import Tally, chunks, lines_ahead, one_line
 from experiments.inference.predict import PrefixError
 from experiments.inference.predict_config import PredictConfig
 from experiments.inference.saved import write
@@ -208,13 +208,6 @@ def test_a_tally_tells_and_counts(capsys):
     assert capsys.readouterr().err.splitlines() == [
         "line 3: why", "line 5: why", "2 lines left empty",
     ]  # fmt: skip
-
-
-def test_no_bar_where_there_is_no_terminal(capsys):
-    with Bar("translating", 3) as bar:
-        bar.done(1)
-        bar.reached(2)
-    assert capsys.readouterr() == ("", "")
 
 
 # ---- flags
