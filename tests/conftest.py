@@ -46,8 +46,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # A test compiles what it tests, whatever cache the user has chosen.
 jax.config.update("jax_enable_compilation_cache", False)
 
-# Tests import `references` and `checks`, which stand beside this file.
-sys.path.append(str(Path(__file__).parent))
+# Tests import `references`, `checks` and the like from there.
+sys.path.append(str(Path(__file__).parent / "support"))
 
 
 @pytest.fixture(scope="module")

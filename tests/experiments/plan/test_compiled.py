@@ -1,10 +1,9 @@
 """The formulas beside what XLA makes of the same step."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
+from compiling import by_kind, compiled_apart, said, work_of
 
 from experiments.plan.compiled import emitted, lower
 from experiments.plan.memory import CPU, temporary_bytes
@@ -12,9 +11,6 @@ from experiments.plan.traffic import collectives, products
 from experiments.plan.work import Work, argument_bytes, parameters
 from tfm import BASE, BIG
 from tfm.parallel.mesh import MeshConfig
-
-sys.path.append(str(Path(__file__).parent))  # pytest's importlib mode adds no folder of a test
-from compiling import by_kind, compiled_apart, said, work_of  # noqa: E402
 
 NONE, ALL, ALONE = [1, 1, 1], [2, 2, 2], ([8, 1, 1], [1, 8, 1], [1, 1, 8])
 DEEP = {"num_encoder_layers": 2, "num_decoder_layers": 2}

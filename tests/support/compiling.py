@@ -43,7 +43,7 @@ def said(work: Work) -> dict:
 
 def compiled_apart(cases: list[list]) -> list[dict]:
     """`said` of each case, by a process with 8 devices."""
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, __file__], input="\n".join(map(json.dumps, cases)), cwd=root, text=True,
         capture_output=True, timeout=900, env={**os.environ, "PYTHONPATH": str(root)},

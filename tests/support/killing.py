@@ -1,6 +1,6 @@
 """Kills the real command again and again, and looks at what is left.
 
-`python -m tests.killing --kills 100` trains a tiny model in a folder, kills the process
+`python -m tests.support.killing --kills 100` trains a tiny model in a folder, kills the process
 (SIGKILL) once a kill, most of them while a checkpoint is half-written, starts the same command
 again each time, and at last compares the final state with that of a run that nobody disturbed.
 """
@@ -69,7 +69,7 @@ def start(run: Path, steps: int, flags: list[str], **options: Any) -> subprocess
     """The real command on a tiny model; `options` are Popen's."""
     command = [sys.executable, "-m", "experiments.run", "--run", str(run), "--steps", str(steps)]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen([*command, *flags, *TINY], cwd=Path(__file__).parents[1], **options)
+    return subprocess.Popen([*command, *flags, *TINY], cwd=Path(__file__).parents[2], **options)
 
 
 def half_written(checkpoints: Path) -> str:
