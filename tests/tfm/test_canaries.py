@@ -45,7 +45,7 @@ UNSOUND = f"jax {jax.__version__} is unsound (%s): install one of jax{RANGE}"
 def found():
     """What each canary found, by its name; one that ends the process has no entry."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "canaries.py")],
+        [sys.executable, str(Path(__file__).parents[1] / "support" / "canaries.py")],
         env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
