@@ -18,15 +18,17 @@ from experiments.evaluation import error_rates
 from experiments.functions import check_folder, identity_of, keep_copy, make_model
 from experiments.inference.pronouncer import Pronouncer
 from experiments.pronounce.report import report
-from experiments.training.placement import Layout, divisible
-from experiments.training.task import (
+from experiments.training.config import (
     MAY_DIFFER,
     TrainingConfig,
-    check_same_run,
     decide_compute_dtype,
+    parameter_count,
+)
+from experiments.training.placement import Layout, divisible
+from experiments.training.task import (
+    check_same_run,
     distributed_session,
     make_valid_loss,
-    parameter_count,
     train_model,
     write_params,
 )

@@ -10,6 +10,7 @@ from experiments.checkpoints.run_folder import MetricsLog, RunFolder
 from experiments.distributed.processes import Processes
 from experiments.errors import UserError
 from experiments.training.checkpointer import Batches, Checkpointer
+from experiments.training.config import Schedule
 from experiments.training.progress import Display
 from experiments.training.step_monitor import Meter, Metrics, StepMonitor
 from experiments.training.stopping import Stopped, StopSignal
@@ -18,35 +19,6 @@ from tfm.training import TrainState
 
 class DivergedError(UserError):
     """The training has left the numbers."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """How many steps a run does, when it logs, evaluates and saves, and when it gives up."""
-
-    steps: int
-    log_every: int
-    evaluate_every: int
-    save_every: int
-    most_skipped: int = 5
-    """Steps in a row without a finite loss and gradient that end the run."""
-    keep: int = 2
-    """The newest checkpoints that are kept."""
-    patience: int | None = None
-    """Evaluations in a row without a lower validation loss that end the run; None: none do."""
-
-    def due(self, step: int) -> set[str]:
-        """What is to be done after `step` (counted from 1): of log, evaluate, save.
-
-        The first step is logged, and the last does all three.
-        """
-        periods = {"log": self.log_every, "evaluate": self.evaluate_every, "save": self.save_every}
-        due = {name for name, every in periods.items() if step == self.steps or step % every == 0}
-        return due | {"log"} if step == 1 or "evaluate" in due else due
-
-    def stalls(self, folder: RunFolder) -> bool:
-        """Whether the evaluations that the folder has logged have used up the patience."""
-        return evaluations_since_the_best(folder.metrics()) >= self.patience
 
 
 class Outcome(NamedTuple):
@@ -232,12 +204,6 @@ def train(
         "resumed_from": resumed_from,
     }
     return Outcome(state, facts)
-
-
-def evaluations_since_the_best(metrics: list[Metrics]) -> int:
-    """How many evaluations there were after that of the lowest validation loss."""
-    losses = [m["valid_loss"] for m in metrics if m.get("valid_loss") is not None]
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def validation_line(line: Metrics) -> str:

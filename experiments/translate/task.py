@@ -23,13 +23,12 @@ from experiments.distributed.processes import Processes
 from experiments.errors import UserError
 from experiments.functions import check_folder, identity_of, keep_copy, make_model
 from experiments.inference.translator import Settings, Translator, load
+from experiments.training.config import decide_compute_dtype, parameter_count
 from experiments.training.placement import Layout, divisible
 from experiments.training.task import (
     check_same_run,
-    decide_compute_dtype,
     distributed_session,
     make_valid_loss,
-    parameter_count,
     train_model,
     write_params,
 )

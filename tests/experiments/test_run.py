@@ -30,6 +30,7 @@ from experiments.inference.predict_config import PredictConfig
 from experiments.pronounce import task as pronounce
 from experiments.training import loop
 from experiments.training import task as training
+from experiments.training.config import Schedule
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 SOUNDS = {"a": "AA", "b": "B", "c": "K", "d": "D", "e": "EH"}
@@ -317,7 +318,7 @@ def test_every_setting_reaches_the_training(tiny, tmp_path, monkeypatch):
     assert seen["packed_batches"][1] == {
         "rows": 16, "source_length": 12, "target_length": 12, "seed": 3, "own": slice(0, 16),
     }  # fmt: skip
-    assert seen["train"][0][4] == loop.Schedule(70, 11, 13, 17, 3, 4)
+    assert seen["train"][0][4] == Schedule(70, 11, 13, 17, 3, 4)
 
 
 # ---- as processes

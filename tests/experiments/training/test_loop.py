@@ -20,7 +20,8 @@ from experiments.data.packing import packed_batches
 from experiments.training import progress as display
 from experiments.training import step_monitor as monitor
 from experiments.training import stopping
-from experiments.training.loop import DivergedError, Schedule, train
+from experiments.training.config import Schedule
+from experiments.training.loop import DivergedError, train
 from experiments.training.stopping import StopSignal
 from tfm.training import TrainState, skip_nonfinite
 

@@ -19,7 +19,7 @@ from experiments.data.cleaning import Limits
 from experiments.data.subwords import train_subwords
 from experiments.errors import UserError
 from experiments.inference.translator import load, write
-from experiments.training.task import decide_compute_dtype
+from experiments.training.config import decide_compute_dtype
 from experiments.translate import texts as translate_texts
 from experiments.translate.config import TranslateConfig, configured
 from experiments.translate.report import report, unpicked
