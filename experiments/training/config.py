@@ -11,40 +11,10 @@ import jax
 from experiments.checkpoints.run_folder import RunFolder
 from experiments.distributed.cluster import ClusterConfig
 from experiments.functions import make_model
-from experiments.training.step_monitor import Metrics
 from tfm.config import TransformerConfig
 from tfm.loss import SmoothedOver
 from tfm.parallel.mesh import MeshConfig
 from tfm.training import cosine_schedule, paper_schedule, param_shapes
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """How many steps a run does, when it logs, evaluates and saves, and when it gives up."""
-
-    steps: int
-    log_every: int
-    evaluate_every: int
-    save_every: int
-    most_skipped: int = 5
-    """Steps in a row without a finite loss and gradient that end the run."""
-    keep: int = 2
-    """The newest checkpoints that are kept."""
-    patience: int | None = None
-    """Evaluations in a row without a lower validation loss that end the run; None: none do."""
-
-    def due(self, step: int) -> set[str]:
-        """What is to be done after `step` (counted from 1): of log, evaluate, save.
-
-        The first step is logged, and the last does all three.
-        """
-        periods = {"log": self.log_every, "evaluate": self.evaluate_every, "save": self.save_every}
-        due = {name for name, every in periods.items() if step == self.steps or step % every == 0}
-        return due | {"log"} if step == 1 or "evaluate" in due else due
-
-    def stalls(self, folder: RunFolder) -> bool:
-        """Whether the evaluations that the folder has logged have used up the patience."""
-        return evaluations_since_the_best(folder.metrics()) >= self.patience
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +112,14 @@ class TrainingConfig:
         warmup = min(self.warmup_steps, self.steps // 2)
         return cosine_schedule(self.learning_rate, warmup, self.steps)
 
-    def when(self) -> Schedule:
-        """What the loop does at which step."""
-        return Schedule(
-            self.steps, self.log_every, self.evaluate_every, self.save_every, self.most_skipped,
-            self.keep_checkpoints, self.patience,
-        )  # fmt: skip
+    def due(self, step: int) -> set[str]:
+        """What is to be done after `step` (counted from 1): of log, evaluate, save.
+
+        The first step is logged, and the last does all three.
+        """
+        periods = {"log": self.log_every, "evaluate": self.evaluate_every, "save": self.save_every}
+        due = {name for name, every in periods.items() if step == self.steps or step % every == 0}
+        return due | {"log"} if step == 1 or "evaluate" in due else due
 
 
 MAY_DIFFER = {
@@ -182,9 +154,3 @@ def parameter_count(config: TrainingConfig) -> int:
         return model.parameter_count()
     shapes = param_shapes(model, make_model(model, config.functions).functions)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-
-def evaluations_since_the_best(metrics: list[Metrics]) -> int:
-    """How many evaluations there were after that of the lowest validation loss."""
-    losses = [m["valid_loss"] for m in metrics if m.get("valid_loss") is not None]
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0

@@ -148,6 +148,20 @@ def test_other_text_is_refused_by_name_and_nothing_is_lost(finished, text, tmp_p
     assert (finished / "config.json").read_bytes() == before
 
 
+def test_another_config_is_refused_though_the_file_that_told_is_lost(
+    finished, text, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "config.json").unlink()
+    command = ["translate", "--run", run, "--steps", STEPS, *text, *TINY]
+    assert call(*command, "--seed", 5) == 2
+    assert "belongs to another run (seed: 0 -> 5)" in capsys.readouterr().err
+    assert not (run / "config.json").exists() and (run / "results.json").exists()
+    assert call(*command) == 0  # nothing that was refused stands in its way
+    assert read(run, "config.json") == read(finished, "config.json") | {"run": str(run)}
+
+
 @pytest.mark.slow
 def test_fine_tuning_begins_with_what_is_known(finished, text, tmp_path):
     run, quiet = tmp_path / "run", ["--learning-rate", "1e-5", "--vocabulary-size", "300"]
