@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from experiments.data.token_store import Side, Store
-from experiments.training.task import TrainingConfig
+from experiments.training.config import TrainingConfig
 from tfm.config import TransformerConfig
 from tfm.positions import sinusoidal_positions
 

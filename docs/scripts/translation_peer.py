@@ -47,7 +47,7 @@ from experiments.interop.links import tree
 from experiments.interop.torch_names import TorchOptions
 from experiments.interop.torch_transformer import read_model
 from experiments.run import use_huge_pages
-from experiments.training.task import TrainingConfig
+from experiments.training.config import TrainingConfig
 from experiments.translate.scores import scores
 from tfm.model import Transformer
 

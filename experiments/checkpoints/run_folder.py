@@ -76,6 +76,12 @@ class RunFolder:
         self.final = path / "final"
         self.report = path / "report.html"
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a training has begun in it, or a model has come into it."""
+        begun = ("resumed_from.json", "results.json", "checkpoints", "final")
+        return any((self.path / name).exists() for name in begun)
+
     def read(self, name: str) -> dict[str, Any] | None:
         """The JSON object in `name`, or None where there is no such file.
 
@@ -116,8 +122,9 @@ class RunFolder:
 
         Raises RunFolderError, and writes nothing, where it cannot, where another process holds the
         folder, or where it holds another config, old and new values named. Fields in `may_differ`
-        do not change what is learned, and may change between resumptions. Without `rewrite` a
-        config.json that is there stays, until it is clear that there is anything to do.
+        do not change what is learned, and may change between resumptions. Without `rewrite`
+        config.json is written only where nothing has begun: else it stays as it is, or away, until
+        it is clear that there is anything to do.
         """
         with named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -129,7 +136,7 @@ class RunFolder:
         with held:
             self._check(config, may_differ)
             check()
-            if rewrite or self.read("config.json") is None:
+            if rewrite or (self.read("config.json") is None and not self.has_begun):
                 write_json(self.path / "config.json", config)
             yield
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from IPython.utils.capture import capture_output
 
 import tfm
-from experiments.checkpoints.run_folder import RunFolder
+from experiments.distributed.processes import Processes
 from experiments.inference.predictor import Predictor
 from experiments.inference.saved import load
 from experiments.pronounce import task as pronounce
+from experiments.training.placement import Layout
+from experiments.training.run import Run
 
 
 def pronouncer(steps: int, num_encoder_layers: int) -> Predictor:
@@ -47,5 +49,8 @@ def pronouncer(steps: int, num_encoder_layers: int) -> Predictor:
         lexicons = pronounce.load_lexicons(config)
         examples, fingerprint = pronounce.prepare(config, lexicons)
         identity = {"data_sha256": fingerprint}
+        layout = Layout(config.mesh, config.model, config.rows)
         with tempfile.TemporaryDirectory() as folder:
-            return pronounce.fit(config, lexicons, examples, identity, RunFolder(Path(folder)))[0]
+            config = dataclasses.replace(config, run=Path(folder))
+            run = Run(config, identity, layout, Processes())
+            return pronounce.fit(run, lexicons, examples)[0]

@@ -1,37 +1,31 @@
 """Learn to pronounce English words from CMUdict: letters in, sounds out."""
 
 import dataclasses
-import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.checkpoints.run_folder import RunFolder, plain, write_json
-from experiments.checkpoints.trained import check_newest
+from experiments.checkpoints.run_folder import RunFolder
 from experiments.data import pronunciations
 from experiments.data.packing import packed_batches
 from experiments.data.pronunciations import DataError, Lexicon
 from experiments.data.tokenizer import Symbols
 from experiments.data.vocabulary import BOS, Vocabulary
-from experiments.distributed.processes import Processes
 from experiments.evaluation import error_rates
-from experiments.functions import check_folder, identity_of, keep_copy, make_model
+from experiments.functions import check_folder, identity_of, make_model
 from experiments.inference.batches import WORDS
 from experiments.inference.predictor import Predictor, Settings
 from experiments.pronounce.report import report
-from experiments.training.placement import Layout, divisible
-from experiments.training.task import (
+from experiments.training.config import (
     MAY_DIFFER,
     TrainingConfig,
-    check_same_run,
     decide_compute_dtype,
-    distributed_session,
-    make_valid_loss,
     parameter_count,
-    train_model,
-    write_params,
 )
+from experiments.training.fitting import TrainingData, train_model
+from experiments.training.placement import Layout, divisible
+from experiments.training.run import Run, make_identity
+from experiments.training.task import carry_out, distributed_session
 from tfm.config import TransformerConfig
 
 
@@ -165,31 +159,23 @@ def make_evaluate(lexicons: Lexicons, pronouncer: Predictor) -> Callable[[Any], 
     """
 
     def evaluate(params: Any) -> dict[str, float]:
-        found = score(dataclasses.replace(pronouncer, params=params), lexicons.valid, beam=1)
-        return {"valid_wer": found.wer, "valid_per": found.per}
+        result = score(dataclasses.replace(pronouncer, params=params), lexicons.valid, beam=1)
+        return {"valid_wer": result.wer, "valid_per": result.per}
 
     return evaluate
 
 
 def fit(
-    config: PronounceConfig,
-    lexicons: Lexicons,
-    examples: list[dict[str, Any]],
-    identity: dict[str, Any],
-    folder: RunFolder,
-    layout: Layout | None = None,
-    processes: Processes = Processes(),  # noqa: B008 (alone it has no state)
+    run: Run, lexicons: Lexicons, examples: list[dict[str, Any]]
 ) -> tuple[Predictor, dict[str, Any]]:
     """Trains (or goes on training); returns the pronouncer and what there is to say of the run.
 
-    layout, processes: None and alone: by the config's mesh, in this process.
-
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.
     """
-    layout = layout or Layout(config.mesh, config.model, config.rows, config.accumulation)
+    config = run.config
     batches = packed_batches(
         examples, rows=config.rows, source_length=config.source_length,
-        target_length=config.target_length, seed=config.seed, own=layout.own_rows,
+        target_length=config.target_length, seed=config.seed, own=run.layout.own_rows,
     )  # fmt: skip
     untrained = Predictor(
         make_model(config.model, config.functions), {}, *lexicons.tokenizers(),
@@ -197,10 +183,8 @@ def fit(
         batching=WORDS,
     )  # fmt: skip
     valid = pronunciations.examples(lexicons.valid, lexicons.letters, lexicons.phones)
-    params, facts = train_model(
-        config, BOS, batches, make_valid_loss(config, valid, BOS, layout),
-        make_evaluate(lexicons, untrained), identity, folder, layout, processes,
-    )  # fmt: skip
+    data = TrainingData(batches, valid, BOS)
+    params, facts = train_model(run, data, make_evaluate(lexicons, untrained))
     return dataclasses.replace(untrained, params=params), facts
 
 
@@ -238,56 +222,50 @@ def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str,
     return made["training"], pronunciations.fingerprint(sum(made.values(), []), *vocabularies)
 
 
+@dataclasses.dataclass(frozen=True)
+class PronounceTask:
+    """The words of a run, ready to be learned."""
+
+    run: Run
+    lexicons: Lexicons
+    examples: list[dict[str, Any]]
+    may_differ = MAY_DIFFER
+    makes = ()
+
+    def is_finished(self, results: dict[str, Any], config: dict[str, Any]) -> bool:
+        return results.get("steps") == self.run.config.steps
+
+    def prepare(self) -> "PronounceTask":
+        return self
+
+    def summary(self) -> str:
+        sizes = [f"{len(part):,} {name} words" for name, part in self.lexicons.parts().items()]
+        return ", ".join([*sizes, f"{parameter_count(self.run.config):,} parameters"])
+
+    def train(self) -> tuple[Predictor, dict[str, Any]]:
+        return fit(self.run, self.lexicons, self.examples)
+
+    def finish(self, pronouncer: Predictor, facts: dict[str, Any]) -> dict[str, Any]:
+        run, lexicons = self.run, self.lexicons
+        valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
+        results = results_of(run.config, facts, valid, test)
+        report(run.record, lexicons, run.folder, pronouncer, results, test.hypotheses)
+        return results
+
+
 def run(config: PronounceConfig) -> None:
     """The whole job: data, training, evaluation, report."""
     with distributed_session(config) as processes:
         folder = RunFolder(config.run)
-        config = dataclasses.replace(config, model=decide_compute_dtype(config.model, folder))
         check_folder(folder, config.functions)
+        config = dataclasses.replace(config, model=decide_compute_dtype(config.model, folder))
         make_model(config.model, config.functions)  # so that what does not fit is told at once
         lexicons = load_lexicons(config)
         config = resolve(config, lexicons, folder)
         layout = Layout(config.mesh, config.model, config.rows, config.accumulation)
         examples, fingerprint = prepare(config, lexicons)
-        as_json = plain(config) | identity_of(config.functions) | {"data_sha256": fingerprint}
+        inputs = identity_of(config.functions) | {"data_sha256": fingerprint}
         vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
-        identity = {name: value for name, value in as_json.items() if name not in MAY_DIFFER}
-        identity = json.loads(json.dumps(identity | {"vocabularies": vocabularies}))
-        check_same_run(processes, as_json)
-        train = partial(fit, config, lexicons, examples, identity, folder, layout, processes)
-        if processes.is_first:
-            lead(config, lexicons, as_json, identity, processes, train)
-        elif processes.from_first(slow=True):
-            train()
-
-
-def lead(
-    config: PronounceConfig,
-    lexicons: Lexicons,
-    as_json: dict[str, Any],
-    identity: dict[str, Any],
-    processes: Processes,
-    train: Callable[[], tuple[Predictor, dict[str, Any]]],
-) -> None:
-    """What one process does for all: it holds the folder, speaks, and reports."""
-    folder = RunFolder(config.run)
-    check = partial(check_newest, folder, config.steps, identity)
-    with folder.claim(as_json, MAY_DIFFER, check, rewrite=False):
-        done = folder.read("results.json")
-        processes.from_first(not done or done.get("steps") != config.steps, slow=True)
-        if done and done.get("steps") == config.steps:
-            print(f"{config.run} is finished ({config.steps} steps); a larger --steps extends it")
-            return
-        write_json(folder.path / "config.json", as_json)
-        keep_copy(folder.path, config.functions)
-        if done:
-            folder.set_aside(done.get("steps", 0))
-        sizes = [f"{len(part):,} {name} words" for name, part in lexicons.parts().items()]
-        print(*sizes, f"{parameter_count(config):,} parameters", sep=", ", flush=True)
-        pronouncer, about = train()
-        valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
-        results = results_of(config, about, valid, test)
-        report(as_json, lexicons, folder, pronouncer, results, test.hypotheses)
-        write_params(folder, config.model, pronouncer.params, results["steps"])
-        # Last, so that a folder with results is a folder with everything.
-        write_json(folder.path / "results.json", results)
+        identity = make_identity(config, inputs, MAY_DIFFER, vocabularies=vocabularies)
+        resolved = Run(config, identity, layout, processes, inputs)
+        carry_out(PronounceTask(resolved, lexicons, examples))

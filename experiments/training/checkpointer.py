@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
-from experiments.checkpoints.run_folder import RunFolder
 from experiments.checkpoints.trained import check_identity
-from experiments.distributed.processes import Processes
-from experiments.training.step_monitor import Meter, StepMonitor
+from experiments.training.run import Run
+from experiments.training.step_monitor import StepMonitor
 from tfm.training import TrainState
 
 
@@ -29,18 +28,12 @@ class Checkpointer:
     config and its data's fingerprint.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        batches: Batches,
-        identity: dict[str, Any],
-        keep: int,
-        processes: Processes = Processes(),  # noqa: B008 (alone it has no state)
-    ) -> None:
+    def __init__(self, run: Run, batches: Batches) -> None:
+        folder, keep = run.folder, run.config.keep_checkpoints
         self._newest = Checkpoints(folder.checkpoints, keep, together=True)
         self._best = Checkpoints(folder.best, keep=1, together=True)
-        self._processes = processes
-        self._batches, self._identity, self._lowest = batches, identity, math.inf
+        self._processes, self._identity = run.processes, run.identity
+        self._batches, self._lowest = batches, math.inf
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Checkpointer":
@@ -62,12 +55,12 @@ class Checkpointer:
           RunFolderError: the checkpoint belongs to a run with another config or other data.
           CheckpointError: all that was saved is damaged, or was saved with other arrays.
         """
-        step, found = self._found_by_first(self._newest)
-        for line in found:
+        step, faults = self._found_by_first(self._newest)
+        for line in faults:
             say(line)
         if step is None:
             self._resume_best(0, say)
-            if found:
+            if faults:
                 say("no save was ever finished: beginning anew")
             return state, {"seconds": 0.0, "batches": 0, "in_a_row": 0}
         notes = self._newest.notes(step)
@@ -80,11 +73,11 @@ class Checkpointer:
     def _resume_best(self, done: int, say: Callable[[str], None]) -> None:
         """The lowest loss so far; a best that is damaged or beyond `done` is set aside."""
         try:
-            best, found = self._found_by_first(self._best)
+            best, faults = self._found_by_first(self._best)
         except CheckpointError as error:
-            best, found = None, [f"{error}. This one is set aside, and the best sought anew"]
+            best, faults = None, [f"{error}. This one is set aside, and the best sought anew"]
             self._set_aside_best(-1, "damaged")
-        for line in found:
+        for line in faults:
             say(line)
         if best is not None and best > done:
             say(f"{self._best.folder / str(best)}: beyond step {done}, set aside and sought anew")
@@ -93,47 +86,40 @@ class Checkpointer:
             self._lowest = self._best.notes(best)["valid_loss"]
 
     def _found_by_first(self, checkpoints: Checkpoints) -> tuple[int | None, list[str]]:
-        """The newest sound step, which process 0 looks for, and what it found on the way.
+        """The newest sound step, which process 0 looks for, and the faults of others, a line each.
 
         Raises CheckpointError in all where all of it is damaged.
         """
-        found: list[Any] = [None, [], None]
+        result: list[Any] = [None, [], None]
         if self._processes.is_first:
             try:
-                found = [*checkpoints.newest(), None]
+                result = [*checkpoints.newest(), None]
             except CheckpointError as error:
-                found[2] = str(error)
-        step, lines, error = self._processes.from_first(found)
+                result[2] = str(error)
+        step, faults, error = self._processes.from_first(result)
         if error is not None:
             raise CheckpointError(error)
-        return step, lines
+        return step, faults
 
     def _set_aside_best(self, after: int, why: str) -> None:
         if self._processes.is_first:
             self._best.set_aside(after, why)
         self._processes.from_first()
 
-    def _notes(self, monitor: StepMonitor, meter: Meter) -> dict[str, Any]:
-        return {
-            "identity": self._identity,
-            "data": self._batches.get_state(),
-            "batches": monitor.batches_consumed,
-            "in_a_row": monitor.in_a_row,
-            "seconds": meter.seconds,
-        }
+    def _notes(self, monitor: StepMonitor) -> dict[str, Any]:
+        about = {"identity": self._identity, "data": self._batches.get_state()}
+        return about | monitor.notes()
 
-    def save(self, state: TrainState, monitor: StepMonitor, meter: Meter) -> None:
+    def save(self, state: TrainState, monitor: StepMonitor) -> None:
         """Begins to save the state after the monitor's steps; CheckpointError where it cannot."""
         self._best.wait()  # else a best of before could be lost for good, as it will not come again
-        self._newest.save(monitor.step, state, self._notes(monitor, meter))
+        self._newest.save(monitor.step, state, self._notes(monitor))
 
-    def save_if_best(
-        self, state: TrainState, monitor: StepMonitor, meter: Meter, loss: float
-    ) -> None:
+    def save_if_best(self, state: TrainState, monitor: StepMonitor, loss: float) -> None:
         """The same into the folder of the best, where `loss` is the lowest so far."""
         if loss < self._lowest:
             self._lowest = loss
-            notes = self._notes(monitor, meter) | {"valid_loss": loss}
+            notes = self._notes(monitor) | {"valid_loss": loss}
             self._best.save(monitor.step, state, notes)
 
     def wait(self) -> int | None:

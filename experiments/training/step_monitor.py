@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import time
+from typing import Any
 
 import jax
 
@@ -56,10 +57,17 @@ class Skipped:
     step: int
     batch: int
     why: str
-    in_a_row: int  # how many it makes since the last update
+    consecutive_skips: int  # how many it makes since the last update
 
     def __str__(self) -> str:
         return f"step {self.step}, batch {self.batch}: {self.why}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Its line of metrics.jsonl, by the names that the file has always had."""
+        return {
+            "step": self.step, "batch": self.batch, "why": self.why,
+            "in_a_row": self.consecutive_skips,
+        }  # fmt: skip
 
 
 def _what_is_wrong(metrics: dict) -> str:
@@ -73,12 +81,13 @@ def _what_is_wrong(metrics: dict) -> str:
 
 
 class StepMonitor:
-    """Counts the updates, looking at each step's metrics when the device has them."""
+    """Counts and measures the updates, looking at each step's metrics when the device has them."""
 
-    def __init__(self, done: int, drawn: int, in_a_row: int = 0) -> None:
-        self.step = done  # updates made
-        self.batches_consumed = drawn  # batches drawn since the run began
-        self.in_a_row = in_a_row  # steps skipped since the last update
+    def __init__(self, step: int, notes: dict[str, Any]) -> None:
+        self.step = step  # updates made
+        self.batches_consumed = notes["batches"]  # batches drawn since the run began
+        self.consecutive_skips = notes["in_a_row"]  # steps skipped since the last update
+        self.meter = Meter(notes["seconds"])
         self._under_way: collections.deque[tuple[int, dict]] = collections.deque()
 
     def add(self, metrics: dict) -> None:
@@ -91,16 +100,24 @@ class StepMonitor:
         """The step that the run is at, if all steps under way turn out well."""
         return self.step + len(self._under_way)
 
-    def collect(self, meter: Meter, pending: int) -> list[Skipped]:
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, to go on with."""
+        return {
+            "batches": self.batches_consumed,
+            "in_a_row": self.consecutive_skips,
+            "seconds": self.meter.seconds,
+        }
+
+    def collect(self, pending: int) -> list[Skipped]:
         """Waits for the steps under way but the newest `pending`; those without an update."""
         skipped = []
         while len(self._under_way) > pending:
             number, metrics = self._under_way.popleft()
             if metrics["skipped"]:
-                self.in_a_row += 1
+                self.consecutive_skips += 1
                 why = _what_is_wrong(metrics)
-                skipped.append(Skipped(self.step + 1, number, why, self.in_a_row))
+                skipped.append(Skipped(self.step + 1, number, why, self.consecutive_skips))
             else:
-                self.step, self.in_a_row = self.step + 1, 0
-                meter.add(metrics)
+                self.step, self.consecutive_skips = self.step + 1, 0
+                self.meter.add(metrics)
         return skipped

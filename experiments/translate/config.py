@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from experiments.data.cleaning import Limits
 from experiments.reporting.variants import Name
-from experiments.training.task import MAY_DIFFER as TRAININGS_MAY_DIFFER
-from experiments.training.task import TrainingConfig
+from experiments.training.config import MAY_DIFFER as TRAININGS_MAY_DIFFER
+from experiments.training.config import TrainingConfig
 from tfm.config import BASE, BIG
 from tfm.decoding import Penalty
 from tfm.variants import VARIANTS

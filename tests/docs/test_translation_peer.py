@@ -7,11 +7,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from docs.scripts import translation_peer  # noqa: E402
-from docs.scripts.torch_translation import bucketed, train  # noqa: E402
+from experiments.bench.torch_translation import bucketed, train  # noqa: E402
+
+from experiments.bench import translation_peer  # noqa: E402
 from experiments.inference.saved import load  # noqa: E402
+from experiments.training.fitting import make_valid_loss  # noqa: E402
 from experiments.training.placement import Layout  # noqa: E402
-from experiments.training.task import make_valid_loss  # noqa: E402
 from experiments.translate import task as translate  # noqa: E402
 from experiments.translate.config import TranslateConfig, configured  # noqa: E402
 from tfm.parallel.mesh import MeshConfig  # noqa: E402

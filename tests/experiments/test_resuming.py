@@ -9,8 +9,8 @@ from killing import TINY, call, write_words
 
 from experiments.checkpoints.checkpoint import Checkpoints
 from experiments.pronounce import task as pronounce
-from experiments.training import loop
-from experiments.training import task as training
+from experiments.training import fitting as training
+from experiments.training import step_monitor
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 STEPS = 60
@@ -57,7 +57,7 @@ def test_a_resumed_run_ends_in_the_same_state(tmp_path, flags, whole, cuts, kind
     epoch = rows_an_epoch(flags) // 8  # the batch that an epoch ends with or in
     assert 7 < epoch < 25
     cuts = [epoch if cut == -1 else cut for cut in cuts]
-    add = loop.StepMonitor.add
+    add = step_monitor.StepMonitor.add
     for cut in cuts:
 
         def add_and_stop(self, *arguments, cut=cut):
@@ -66,7 +66,7 @@ def test_a_resumed_run_ends_in_the_same_state(tmp_path, flags, whole, cuts, kind
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop.StepMonitor, "add", add_and_stop)
+            patch.setattr(step_monitor.StepMonitor, "add", add_and_stop)
             assert call("--run", tmp_path, *flags, *more) == 143
     assert call("--run", tmp_path, *flags, *more) == 0
     results = json.loads((tmp_path / "results.json").read_text())

@@ -29,8 +29,8 @@ from experiments.checkpoints.checkpoint import Checkpoints
 from experiments.evaluation.error_rates import word_error_rate
 from experiments.inference.predict_config import PredictConfig
 from experiments.pronounce import task as pronounce
-from experiments.training import loop
-from experiments.training import task as training
+from experiments.training import fitting as training
+from experiments.training import step_monitor
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[2]
@@ -232,7 +232,7 @@ def test_stopped_and_resumed_equals_uninterrupted_then_extended(
     finished, tiny, tmp_path, monkeypatch, capsys
 ):
     run = ["--run", tmp_path / "run", *tiny]
-    add, calls = loop.StepMonitor.add, []
+    add, calls = step_monitor.StepMonitor.add, []
 
     def add_and_stop(self, *arguments):
         calls.append(1)
@@ -241,7 +241,7 @@ def test_stopped_and_resumed_equals_uninterrupted_then_extended(
         add(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.StepMonitor, "add", add_and_stop)
+        patch.setattr(step_monitor.StepMonitor, "add", add_and_stop)
         assert call(*run, "--steps", STEPS) == 143
     assert len(calls) == 75 == last_state(tmp_path / "run")[0]
     assert not (tmp_path / "run" / "results.json").exists()
@@ -319,7 +319,9 @@ def test_every_setting_reaches_the_training(tiny, tmp_path, monkeypatch):
     assert seen["packed_batches"][1] == {
         "rows": 16, "source_length": 12, "target_length": 12, "seed": 3, "own": slice(0, 16),
     }  # fmt: skip
-    assert seen["train"][0][4] == loop.Schedule(70, 11, 13, 17, 3, 4)
+    config = seen["train"][0][0].config
+    assert (config.steps, config.log_every, config.evaluate_every) == (70, 11, 13)
+    assert (config.save_every, config.most_skipped, config.keep_checkpoints) == (17, 3, 4)
 
 
 # ---- as processes

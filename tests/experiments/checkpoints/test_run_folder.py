@@ -101,6 +101,18 @@ def test_claim_names_every_differing_field_old_and_new_and_changes_nothing(folde
     assert folder.read("config.json") == CONFIG
 
 
+def test_claim_without_rewriting_writes_the_config_of_a_folder_where_nothing_has_begun(folder):
+    file = folder.path / "config.json"
+    with folder.claim(CONFIG, {"rate"}, rewrite=False):
+        assert json.loads(file.read_text()) == CONFIG
+    with folder.claim(CONFIG | {"rate": 1.0}, {"rate"}, rewrite=False):
+        assert json.loads(file.read_text()) == CONFIG
+    folder.note_sitting(5)
+    file.unlink()
+    with folder.claim(CONFIG | {"rate": 1.0}, (), rewrite=False):
+        assert not file.exists()
+
+
 def test_claim_lets_named_fields_differ_and_remembers_them(folder):
     claim(folder, CONFIG, {"rate"})
     claim(folder, CONFIG | {"rate": 0.75}, {"rate"})

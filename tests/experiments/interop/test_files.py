@@ -96,7 +96,7 @@ def test_a_damaged_safetensors_file_is_named(folder):
 def test_torch_s_files_need_torch(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (path := folder.root / "pytorch_model.bin").write_bytes(b"anything")
-    assert_refuses(folder.tensors, words=[str(path), "needs torch"])
+    assert_refuses(folder.tensors, words=[str(path), "torch is not installed"])
 
 
 def archive(path, members):

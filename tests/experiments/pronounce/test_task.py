@@ -27,8 +27,8 @@ from experiments.pronounce.task import (
     results_of,
     score,
 )
+from experiments.training.fitting import make_valid_loss
 from experiments.training.placement import Layout
-from experiments.training.task import make_valid_loss
 from tfm.config import TransformerConfig
 from tfm.model import Transformer
 from tfm.parallel.mesh import MeshConfig

@@ -18,10 +18,17 @@ from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
 from experiments.checkpoints.run_folder import RunFolder, RunFolderError, write_json
 from experiments.checkpoints.trained import check_newest
 from experiments.data.packing import packed_batches
+from experiments.distributed.processes import Processes
 from experiments.training import step_monitor as monitor
 from experiments.training import stopping
-from experiments.training.loop import DivergedError, Schedule, train
+from experiments.training.checkpointer import Checkpointer
+from experiments.training.config import TrainingConfig
+from experiments.training.loop import DivergedError, Learner, train
+from experiments.training.placement import Layout
+from experiments.training.run import Run
 from experiments.training.stopping import StopSignal
+from tfm.config import TransformerConfig
+from tfm.parallel.mesh import MeshConfig
 from tfm.training import TrainState, skip_nonfinite
 
 STEPS = 12
@@ -29,6 +36,7 @@ EXAMPLES = [
     {"source": np.array([3 + i % 5, 2], np.int32), "target": np.array([3 + i % 7, 3, 2], np.int32)}
     for i in range(50)
 ]
+LAYOUT = Layout(MeshConfig(1), TransformerConfig(), rows=4)
 HANDLERS = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
 
@@ -71,11 +79,10 @@ def run(path, step=None, steps=STEPS, identity=None, evaluate=valid_loss, **peri
     batches = packed_batches(EXAMPLES, rows=4, source_length=5, target_length=7, seed=0)
     periods = {"log_every": 5, "evaluate_every": 5, "save_every": 5} | periods
     with StopSignal() as stop:
-        return train(
-            step or Step(), fresh_state(), batches, RunFolder(path), Schedule(steps, **periods),
-            learning_rate=lambda count: 0.1 * count, evaluate=evaluate,
-            identity=identity or {"data": "d"}, stop=stop,
-        )  # fmt: skip
+        learner = Learner(fresh_state(), step or Step(), evaluate)
+        config = TrainingConfig(run=path, steps=steps, **periods)
+        run = Run(config, identity or {"data": "d"}, LAYOUT, Processes())
+        return train(run, learner, batches, stop)
 
 
 def steps_logged(path):
@@ -104,11 +111,12 @@ def test_first_last_and_every_nth_step_are_logged(whole):
     path, (state, _) = whole
     lines = RunFolder(path).metrics()
     assert [line["step"] for line in lines] == [1, 5, 10, 12]
+    learning_rate = TrainingConfig(steps=STEPS).make_learning_rate()
     for line in lines:
         assert {"step", "loss", "tokens_per_second", "words_per_second", "learning_rate",
                 "gradient_norm", "seconds"} <= line.keys()  # fmt: skip
         assert line["tokens_per_second"] > 0
-        assert line["learning_rate"] == pytest.approx(0.1 * (line["step"] - 1))
+        assert line["learning_rate"] == pytest.approx(learning_rate(line["step"] - 1))
         assert ("valid_loss" in line) == (line["step"] > 1)
     assert lines[-1]["valid_loss"] == float(state.params["w"].sum())
     assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
@@ -139,6 +147,29 @@ def test_evaluations_do_not_wait_for_a_step_that_is_logged(tmp_path):
     assert [line["step"] for line in lines if "valid_loss" in line] == [4, 8, 12]
 
 
+def test_one_step_stays_under_way_unless_something_is_due(tmp_path):
+    """Else the device would wait for the host between two steps."""
+    looked_at = {}
+
+    class Watched(Step):
+        def __call__(self, state, batch):
+            state, metrics = super().__call__(state, batch)
+            return state, metrics | {"skipped": Look(self.calls)}
+
+    class Look:
+        def __init__(self, number):
+            self.number = number
+
+        def __bool__(self):
+            looked_at[self.number] = step.calls
+            return False
+
+    step = Watched()
+    run(tmp_path, step)
+    due = (1, 5, 10, 12)
+    assert looked_at == {n: n if n in due else n + 1 for n in range(1, STEPS + 1)}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [1, 7])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, whole, number, at, capsys):
@@ -164,6 +195,24 @@ def test_a_signal_in_the_last_step_loses_nothing(tmp_path, whole):
     rest = Step()
     assert_same(run(tmp_path, rest).state, whole[1].state)
     assert rest.calls == 0 and steps_logged(tmp_path) == [1, 5, 10, 12]
+
+
+def test_a_signal_saves_before_an_evaluation_that_is_due(tmp_path, monkeypatch):
+    """It may take longer than there is time."""
+    save, order = Checkpointer.save, []
+
+    def noted_save(*arguments):
+        order.append("save")
+        save(*arguments)
+
+    def evaluate(params):
+        order.append("evaluate")
+        return valid_loss(params)
+
+    monkeypatch.setattr(Checkpointer, "save", noted_save)
+    with pytest.raises(SystemExit):
+        run(tmp_path, Step({5: lambda: os.kill(os.getpid(), signal.SIGTERM)}), evaluate=evaluate)
+    assert order[:2] == ["save", "evaluate"]
 
 
 def test_a_second_signal_leaves_at_once(monkeypatch):

@@ -19,7 +19,7 @@ from experiments.data.cleaning import Limits
 from experiments.data.subwords import train_subwords
 from experiments.errors import UserError
 from experiments.inference.saved import load, write
-from experiments.training.task import decide_compute_dtype
+from experiments.training.config import decide_compute_dtype
 from experiments.translate import texts as translate_texts
 from experiments.translate.config import TranslateConfig, configured
 from experiments.translate.report import report, unpicked
@@ -146,6 +146,20 @@ def test_other_text_is_refused_by_name_and_nothing_is_lost(finished, text, tmp_p
     assert call("translate", "--run", finished, "--steps", STEPS, *other, *TINY) == 2
     assert "corpora.train.target" in capsys.readouterr().err
     assert (finished / "config.json").read_bytes() == before
+
+
+def test_another_config_is_refused_though_the_file_that_told_is_lost(
+    finished, text, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "config.json").unlink()
+    command = ["translate", "--run", run, "--steps", STEPS, *text, *TINY]
+    assert call(*command, "--seed", 5) == 2
+    assert "belongs to another run (seed: 0 -> 5)" in capsys.readouterr().err
+    assert not (run / "config.json").exists() and (run / "results.json").exists()
+    assert call(*command) == 0  # nothing that was refused stands in its way
+    assert read(run, "config.json") == read(finished, "config.json") | {"run": str(run)}
 
 
 @pytest.mark.slow
