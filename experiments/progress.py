@@ -94,7 +94,7 @@ class ProgressBar:
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""
         if not self._silent:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(Text(line), soft_wrap=True)
 
     @property
     def _complete(self) -> bool:

@@ -1,6 +1,9 @@
 """The command line: `tfm`, or `python -m experiments.run`, then [EXPERIMENT] [flags]."""
 
 import argparse
+import contextlib
+import dataclasses
+import io
 import logging
 import os
 import pkgutil
@@ -8,8 +11,9 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from experiments.errors import EXTRAS, exit_code, not_installed, told_in_one_line
 from experiments.streams import Talk
@@ -68,36 +72,36 @@ ON_DEVICE = Command(
 )
 COMMANDS = {
     "pronounce": Command(
-        "Train a Transformer to pronounce words, and report on it (the default).",
+        "Train a Transformer to pronounce words (the default).",
         "experiments.pronounce.task:PronounceConfig",
         "experiments.pronounce.task:run",
         _pronounce_preset,
     ),
     "translate": Command(
-        "Train a Transformer to translate on your own text, and report on it.",
+        "Train a Transformer to translate, on your own text.",
         "experiments.translate.config:TranslateConfig",
         "experiments.translate.task:run",
         _translate_preset,
     ),
     "claims": Command(
-        "Measure eleven claims about the Transformer; a ledger with verdicts and figures.",
+        "Measure eleven claims about the Transformer, with verdicts.",
         "experiments.claims.ledger:ClaimsConfig",
         "experiments.claims.ledger:run",
         device_per_core=True,
     ),
     "bench": Command(
-        "Time this library beside the peers that are installed; ratios and a picture.",
+        "Time this library beside the peers that are installed.",
         "experiments.bench.referee:BenchConfig",
         "experiments.bench.referee:run",
         instead={"--device": ON_DEVICE},
     ),
     "cost": Command(
-        "Measure what a token costs by width, depth, length and batch; a law and a picture.",
+        "Fit what a token costs by width, depth, length and batch.",
         "experiments.bench.cost:CostConfig",
         "experiments.bench.cost:run",
     ),
     "plan": Command(
-        "Say what a training would need on devices not at hand, and how fast it should be.",
+        "Say what a training needs on devices that are not at hand.",
         "experiments.plan.plan:PlanConfig",
         "experiments.plan.plan:run",
         _plan_preset,
@@ -109,7 +113,7 @@ COMMANDS = {
         positional=True,
     ),
     "predict": Command(
-        "Pronounce or translate standard input with a trained model, line for line.",
+        "Pronounce or translate standard input, line for line.",
         "experiments.inference.predict_config:PredictConfig",
         "experiments.inference.predict:run",
     ),
@@ -119,12 +123,12 @@ COMMANDS = {
         "experiments.inference.score:run",
     ),
     "import": Command(
-        "Take over a translation model of another library (Marian, torch.nn.Transformer).",
+        "Take over a translation model of Marian or PyTorch.",
         "experiments.interop.convert:ImportConfig",
         "experiments.interop.convert:run_import",
     ),
     "export": Command(
-        "Write a translation model for another library (Marian, CTranslate2).",
+        "Write a translation model for Marian or CTranslate2.",
         "experiments.interop.convert:ExportConfig",
         "experiments.interop.convert:run_export",
     ),
@@ -166,6 +170,37 @@ def _current_flags(name: str, arguments: list[str]) -> list[str]:
     return current
 
 
+def _join_help_lines(config: type) -> None:
+    """Gives tyro the docstring of each field in one line: else it keeps the source's breaks."""
+    import docstring_parser
+
+    told: dict[str, str] = {}
+    for cls in config.__mro__[:-1]:
+        described = docstring_parser.parse_from_object(cls).params
+        told = {p.arg_name: " ".join((p.description or "").split()) for p in described} | told
+    types = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        field.metadata = MappingProxyType({"help": told.get(field.name)} | dict(field.metadata))
+        for kind in (types[field.name], *get_args(types[field.name])):
+            if dataclasses.is_dataclass(kind):
+                _join_help_lines(kind)
+
+
+@contextlib.contextmanager
+def _lines_that_fit() -> Iterator[None]:
+    """Breaks what is printed between words: tyro breaks the lines of flags, and no others."""
+    from rich.console import Console
+    from rich.text import Text
+
+    told = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    try:
+        with contextlib.redirect_stdout(told):
+            yield
+    finally:
+        told.seek(0)
+        Console().print(Text.from_ansi(told.read()))
+
+
 def call(name: str, arguments: list[str]) -> None:
     """Parses the flags of a command, and runs it."""
     import tyro
@@ -179,9 +214,13 @@ def call(name: str, arguments: list[str]) -> None:
 
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
     run, config = pkgutil.resolve_name(command.run), pkgutil.resolve_name(command.config)
-    start = {} if command.default is None else {"default": command.default(arguments)}
+    default = {} if command.default is None else {"default": command.default(arguments)}
+    _join_help_lines(config)
     config = tyro.conf.Positional[config] if command.positional else config
-    run(tyro.cli(config, args=arguments, prog=prog, **start))
+    asked_for_help = not {"-h", "--help"}.isdisjoint(arguments)
+    with _lines_that_fit() if asked_for_help else contextlib.nullcontext():
+        chosen = tyro.cli(config, args=arguments, prog=prog, **default)
+    run(chosen)
 
 
 def use_huge_pages() -> None:

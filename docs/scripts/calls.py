@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from rich.console import Console
-from rich.table import Table
 
 import tfm
 from experiments.bench.contenders import installed
+from experiments.reporting.tables import table
 
 SIZES = ((2, 10, 64, 4), (32, 64, 512, 8))  # B, L, D, H
 WORDS, SECONDS, WARM_UP, LAST = 1000, 0.5, 5, 10
@@ -73,9 +73,9 @@ def ours(a: dict[str, Any], heads: int) -> dict[str, tuple[Callable[..., Any], t
     return {
         "attention": (tfm.scaled_dot_product_attention, (a["q"], a["q"], a["q"])),
         "multi-head attention": (attend, (a["x"], a["w"])),
-        "its gradient by x and W": (_gradient(attend), (a["x"], a["w"])),
+        "its gradient (x, W)": (_gradient(attend), (a["x"], a["w"])),
         "feed-forward": (tfm.feed_forward, network),
-        "its gradient by x, W and b": (_gradient(tfm.feed_forward), network),
+        "its gradient (x, W, b)": (_gradient(tfm.feed_forward), network),
         "layer norm": (tfm.layer_norm, (a["x"], a["b"], a["b"])),
         "dropout": (lambda x: tfm.dropout(jax.random.key(8), x, 0.1), (a["x"],)),
         "embedding": (lambda t: tfm.embed(a["ids"], t), (a["table"],)),
@@ -113,9 +113,9 @@ def linen(a: dict[str, Any], heads: int) -> dict[str, tuple[Callable[..., Any], 
     return {
         "attention": (nn.dot_product_attention, (q, q, q)),
         "multi-head attention": attend,
-        "its gradient by x and W": (_gradient(attend[0]), attend[1]),
+        "its gradient (x, W)": (_gradient(attend[0]), attend[1]),
         "feed-forward": network,
-        "its gradient by x, W and b": (_gradient(network[0]), network[1]),
+        "its gradient (x, W, b)": (_gradient(network[0]), network[1]),
         "layer norm": with_params(norm, x),
         "dropout": (lambda x: dropout.apply({}, x, rngs={"dropout": key}), (x,)),
         "embedding": (lambda p: table.apply(p, a["ids"]), (table.init(key, a["ids"]),)),
@@ -158,9 +158,9 @@ def torch_calls(a: dict[str, Any], heads: int) -> dict[str, Call]:
             functional.scaled_dot_product_attention, t["q"], t["q"], t["q"]
         ),
         "multi-head attention": without_gradient(attend, x),
-        "its gradient by x and W": gradient(attend, attention),
+        "its gradient (x, W)": gradient(attend, attention),
         "feed-forward": without_gradient(network, x),
-        "its gradient by x, W and b": gradient(network, network),
+        "its gradient (x, W, b)": gradient(network, network),
         "layer norm": without_gradient(norm, x),
         "dropout": without_gradient(functional.dropout, x, 0.1),
         "embedding": without_gradient(functional.embedding, ids, t["table"]),
@@ -171,12 +171,13 @@ def torch_calls(a: dict[str, Any], heads: int) -> dict[str, Call]:
 
 
 def main() -> None:
-    console = Console(width=100)
+    console = Console()
     for size in SIZES:
-        table = Table(title="[B, L, D] = [{}, {}, {}], {} heads; ms".format(*size))
-        table.add_column("", no_wrap=True)
-        for name in ("tfm", "compiles", "in jit", "linen", "compiles", "in jit", "torch"):
-            table.add_column(name, justify="right", no_wrap=True)
+        shown = table(
+            "[B, L, D] = [{}, {}, {}], {} heads; ms".format(*size),
+            [""],
+            ("tfm", "compiles", "in jit", "linen", "compiles", "in jit", "torch"),
+        )
         a, heads = _arrays(*size), size[-1]
         peers, eager = linen(a, heads), torch_calls(a, heads) if installed("torch eager") else {}
         for name, (function, arguments) in ours(a, heads).items():
@@ -187,8 +188,8 @@ def main() -> None:
                 cells += [f"{milliseconds:.3g}", str(compiled)]
                 cells += [f"{measure(lambda: jitted(*given))[0]:.3g}"]  # noqa: B023
             cells += [f"{measure(eager[name])[0]:.3g}"] if eager else ["–"]
-            table.add_row(name, *cells)
-        console.print(table)
+            shown.add_row(name, *cells)
+        console.print(shown)
 
 
 if __name__ == "__main__":

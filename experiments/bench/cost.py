@@ -19,6 +19,7 @@ from experiments.bench.kept import Kept
 from experiments.bench.workloads import attention_flops, forward_flops
 from experiments.checkpoints.run_folder import RunFolder, plain, write_json, write_text
 from experiments.progress import ProgressBar
+from experiments.reporting.tables import table
 from tfm import Transformer, TransformerConfig, init_state, make_optimizer, make_train_step
 
 VOCABULARY = 1000
@@ -195,11 +196,9 @@ def exponent(factor: Sequence[float], cost: Sequence[float]) -> float:
     return float(np.log(cost[-1] / cost[-2]) / np.log(factor[-1] / factor[-2]))
 
 
-def table(about: dict[str, Any]) -> Table:
+def prices(about: dict[str, Any]) -> Table:
     """The prices for a person to read."""
-    shown = Table(title="What a real token costs in a training step")
-    for name, side in (("of", "left"), ("time", "right"), ("memory", "right")):
-        shown.add_column(name, justify=side)
+    shown = table("What a real token costs in a training step", ["of"], ["time", "memory"])
     for name in dict.fromkeys([*about["seconds"]["prices"], *about["bytes"]["prices"]]):
         seconds, size = (about[key]["prices"].get(name) for key in ("seconds", "bytes"))
         shown.add_row(
@@ -232,5 +231,5 @@ def run(config: CostConfig) -> None:
         listed = [dataclasses.asdict(p) | m for p, m in measured.items()]
         write_json(config.run / "cost.json", about | {"points": listed})
         write_text(config.run / "cost.svg", laws(about["curves"]))
-    Console().print(table(about))
+    Console().print(prices(about))
     print(config.run / "cost.json", config.run / "cost.svg", sep=", ")

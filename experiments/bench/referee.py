@@ -23,6 +23,7 @@ from experiments.bench.workloads import WORKLOADS, Workload
 from experiments.checkpoints.run_folder import RunFolder, plain, write_json, write_text
 from experiments.errors import UserError, install
 from experiments.progress import ProgressBar
+from experiments.reporting.tables import table
 
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 2e-2}
 """How far a peer's loss or outputs may be from ours, by dtype, before it is no peer."""
@@ -156,22 +157,31 @@ def record(
     return row
 
 
-def table(records: list[dict[str, Any]]) -> Table:
-    """The records for a person to read."""
-    shown = Table(title="Seconds of one run; a ratio above 1: tfm is faster")
-    columns = ("id", "peer", "tfm", "peer's", "ratio", "95 %", "goal", "limit", "share", "first",
-               "GB")  # fmt: skip
-    for name in columns:
-        shown.add_column(name, justify="left" if name in ("id", "peer") else "right", no_wrap=True)
+def tables(records: list[dict[str, Any]]) -> list[Table]:
+    """The records for a person to read: who is faster, and what else was measured."""
+    names = ("id", "peer")
+    speed = table(
+        "Seconds of one run; a ratio above 1: tfm is faster",
+        names,
+        ("tfm", "peer's", "ratio", "95 %", "goal"),
+    )
+    beside = table(
+        "How near the machine's limits, and at what cost",
+        names,
+        ("limit", "share", "first, s", "peak, GB"),
+    )
     for r in records:
         memory = (f"{r[f'{side}_peak_bytes'] / 1e9:.1f}" for side in ("our", "peer"))
-        first = (f"{r[f'{side}_first_seconds']:.2g}" for side in ("our", "peer"))
-        shown.add_row(
-            r["id"], _short(r["peer"]), f"{r['our_seconds']:.3g}", f"{r['peer_seconds']:.3g}",
-            f"{r['ratio']:.2f}", f"{r['low']:.2f}–{r['high']:.2f}", f"{r['goal']:g}",
-            f"{r['limit']:.2g}", f"{r['share']:.0%}", " / ".join(first), " / ".join(memory),
+        first = (f"{r[f'{side}_first_seconds']:.3g}" for side in ("our", "peer"))
+        row = r["id"], _short(r["peer"])
+        speed.add_row(
+            *row, f"{r['our_seconds']:.3g}", f"{r['peer_seconds']:.3g}", f"{r['ratio']:.2f}",
+            f"{r['low']:.2f}–{r['high']:.2f}", f"{r['goal']:g}",
         )  # fmt: skip
-    return shown
+        beside.add_row(
+            *row, f"{r['limit']:.2g}", f"{r['share']:.0%}", " / ".join(first), " / ".join(memory)
+        )
+    return [speed, beside]
 
 
 def _short(peer: str) -> str:
@@ -291,10 +301,10 @@ def run(config: BenchConfig) -> None:
         if not records:
             raise BenchError(f"nothing was timed: no peer is installed: {install('bench')}")
         write_text(config.run / "bench.svg", bars(records))
-    Console(width=max(Console().width, 110)).print(table(records))
-    print(
-        "limit: the ratio at this machine's peak or memory bandwidth; share: how much of it tfm has"
-    )
-    print("first: seconds of the first run, compilation in it; GB: the process's peak memory")
+    Console().print(*tables(records))
+    print("limit: the ratio at this machine's peak or memory bandwidth")
+    print("share: how much of that tfm has")
+    print("first: the first run of tfm / of the peer, compilation in it")
+    print("peak: memory of the process of tfm / of the peer")
     print("; ".join(sorted({r["peer"] for r in records})), f"{os.cpu_count()} cores", sep="; ")
     print(config.run / "bench.json", config.run / "bench.svg", sep=", ")

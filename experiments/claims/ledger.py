@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +116,8 @@ class _Measuring:
         self._bar.reached(self._done)
         self._bar.say(f"{claim.id}  {record['seconds']:.0f} s")
         for subclaim in record["subclaims"]:
-            self._bar.say(f"  {subclaim['verdict']:<25}{subclaim['statement']}")
+            said = f"{subclaim['verdict']}: {subclaim['statement']}"
+            self._bar.say(textwrap.fill(said, 80, initial_indent="  ", subsequent_indent="    "))
 
     def _show(self, status: str) -> None:
         self._bar.now(self._name)

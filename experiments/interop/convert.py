@@ -55,8 +55,7 @@ class Vocabularies:
 
 @dataclasses.dataclass(frozen=True)
 class ImportConfig:
-    """Takes over a trained model of another library, as a run folder for `predict` and for
-    `translate --from`."""
+    """Takes over a trained model of another library, for `predict` and `translate --from`."""
 
     path: str
     """marian: a folder (or zip archive) with config.json, weights, SentencePiece files and

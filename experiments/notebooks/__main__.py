@@ -8,12 +8,13 @@ import sys
 import time
 
 from experiments.errors import EXTRAS, UserError, not_installed
+from experiments.progress import ProgressBar
 
 
 def main() -> None:
     """Executes all notebooks, or those named; exit code 1 names the cell that failed."""
     try:
-        from experiments.notebooks.execute import NAMES, TINY, execute, save, size
+        from experiments.notebooks.execute import NAMES, TINY, execute, parse, save, size
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
@@ -24,15 +25,18 @@ def main() -> None:
     names = parser.parse_args().names
     if unknown := set(names) - set(NAMES):
         parser.error(f"no notebook named {', '.join(sorted(unknown))}")
-    for name in names:
-        started = time.monotonic()
-        try:
-            notebook = execute(name)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-        result = "it runs" if size() == TINY else f"written to {save(name, notebook).name}"
-        print(f"{name}: {time.monotonic() - started:.0f} s, {result}", flush=True)
+    cells = sum(cell.cell_type == "code" for name in names for cell in parse(name).cells)
+    with ProgressBar("executing cells", cells) as bar:
+        for name in names:
+            started = time.monotonic()
+            bar.update(name)
+            try:
+                notebook = execute(name, bar.advance)
+            except UserError as error:
+                bar.say(f"error: {error}")
+                sys.exit(1)
+            result = "it runs" if size() == TINY else f"written to {save(name, notebook).name}"
+            print(f"{name}: {time.monotonic() - started:.0f} s, {result}", flush=True)
 
 
 if __name__ == "__main__":

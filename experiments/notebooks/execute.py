@@ -1,6 +1,7 @@
 """Executes the notebooks: scripts in the percent format in, executed copies (.ipynb) out."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jupytext
@@ -45,16 +46,16 @@ def _environment() -> dict[str, str]:
     return os.environ | {"MPLBACKEND": _BACKEND} | quick
 
 
-def execute(name: str) -> NotebookNode:
+def execute(name: str, done: Callable[[], None] = lambda: None) -> NotebookNode:
     """Runs every cell in a fresh kernel, in the environment and with the packages of this process.
 
-    Raises NotebookError naming the first cell that failed.
+    `done` is called after each. Raises NotebookError naming the first cell that failed.
     """
     notebook = parse(name)
     client = NotebookClient(
         notebook, timeout=SECONDS_A_CELL, kernel_name="python3", record_timing=False,
         coalesce_streams=True, resources={"metadata": {"path": str(ROOT)}},
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=ERROR"], on_cell_complete=lambda **cell: done(),
     )  # fmt: skip
     try:
         client.execute(env=_environment())

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from experiments.checkpoints.run_folder import RunFolder, write_text
 from experiments.data.pronunciations import Lexicon
@@ -14,6 +14,7 @@ from experiments.evaluation import error_rates
 from experiments.inference.predictor import Predictor
 from experiments.reporting.figures import learning_curves_file
 from experiments.reporting.report import AttentionMap, Example, write_report
+from experiments.reporting.tables import table
 
 FAMILIAR = ("knowledge", "physician", "laughter", "rough", "theology", "champagne", "psychic",
             "weather", "autumn", "thorough", "mosquito", "chaos")  # fmt: skip
@@ -83,21 +84,17 @@ def attention_maps(pronouncer: Predictor, words: list[str]) -> list[AttentionMap
 def show(results: dict[str, Any], examples: list[Example]) -> None:
     """The result and a handful of words, on standard output."""
     console = Console()
-    table = Table(title=f"Seed {results['seed']}, beam {results['beam']}", show_header=True)
-    for column in ("words", "count", "WER", "PER"):
-        table.add_column(column, justify="left" if column == "words" else "right")
+    title = f"Seed {results['seed']}, beam {results['beam']}"
+    rates = table(title, ["words"], ["count", "WER", "PER"])
     for part, name in (("valid", "validation"), ("test", "test")):
-        rates = (f"{results[f'{part}_{rate}']:.2%}" for rate in ("wer", "per"))
-        table.add_row(name, f"{results[f'{part}_words']:,}", *rates)
-    console.print(table)
-    words = Table(title="Pronounced")
-    for column in ("", "word", "pronunciation", "dictionary"):
-        words.add_column(column)
+        shares = (f"{results[f'{part}_{rate}']:.2%}" for rate in ("wer", "per"))
+        rates.add_row(name, f"{results[f'{part}_words']:,}", *shares)
+    console.print(rates)
+    words = table("Pronounced", ["", "word", "pronunciation", "dictionary"], [])
     for example in examples:
         if example.group != "wrong":
-            words.add_row(
-                example.group, example.word, example.hypothesis, " | ".join(example.references)
-            )
+            said = example.hypothesis, "\n".join(example.references)
+            words.add_row(example.group, *map(Text, (example.word, *said)))
     console.print(words)
 
 

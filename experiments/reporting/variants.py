@@ -1,10 +1,12 @@
-"""Which Transformer is this? A table of what differs between models that bear the paper's name."""
+"""Which Transformer is this? What differs between models that bear the paper's name."""
 
 import dataclasses
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from tfm.variants import VARIANTS, Variant
 
@@ -55,23 +57,28 @@ def differing(variants: list[Variant]) -> dict[str, list[Any]]:
     return {name: found for name, found in values.items() if any(v != found[0] for v in found)}
 
 
-def table(names: list[str]) -> Table:
-    """A row a setting that differs, a column a variant, and what the setting does."""
-    made = Table(title="Settings that differ", show_lines=True)
-    made.add_column("setting", style="bold", no_wrap=True)
-    for name in names:
-        made.add_column(name, overflow="fold")
-    made.add_column("what it is", style="dim", overflow="fold")
+def explained(names: list[str]) -> Group:
+    """Of each setting that differs: what it does, and which variants have which value."""
+    lines: list[RenderableType] = []
     for name, values in differing([VARIANTS[n] for n in names]).items():
-        made.add_row(name, *(str(v) if v != "" else "–" for v in values), MEANS[name])
-    return made
+        rows = Table.grid(padding=(0, 2))
+        for value in dict.fromkeys(values):
+            having = [n for n, own in zip(names, values, strict=True) if own == value]
+            rows.add_row(Text(", ".join(having)), Text(str(value) if value != "" else "–"))
+        lines += [Text(name, "bold"), _indented(Text(MEANS[name], "dim")), _indented(rows), ""]
+    return Group(*lines)
+
+
+def _indented(shown: RenderableType) -> Padding:
+    return Padding(shown, (0, 0, 0, 2), expand=False)
 
 
 def run(config: VariantsConfig) -> None:
-    """Prints the table, and where each column was read."""
+    """Prints the settings that differ, and where each variant was read."""
     others = [config.other] if config.other else [n for n in VARIANTS if n != config.one]
     names = [config.one, *others]
-    console = Console()
-    console.print(table(names))
+    console = Console(highlight=False)
+    console.print(explained(names))
+    console.print(Text("read in", "bold"))
     for name in names:
-        console.print(f"{name}: {VARIANTS[name].read}", highlight=False)
+        console.print(_indented(Text(f"{name}: {VARIANTS[name].read}")))

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from experiments.checkpoints.run_folder import RunFolder, write_text
 from experiments.data.text import Pair
@@ -22,6 +22,7 @@ from experiments.reporting.page import (
     tiles,
     training_tiles,
 )
+from experiments.reporting.tables import table
 
 SHOWN, PRINTED = 20, 3  # translations in the report, and on standard output
 
@@ -84,23 +85,22 @@ def _examples(test: Sequence[Pair], translations: Sequence[str]) -> Section:
 def show(results: dict[str, Any], test: Sequence[Pair], translations: Sequence[str]) -> None:
     """The scores and a few translations, on standard output."""
     console = Console()
-    table = Table(title=f"Seed {results['seed']}, beam {results['beam']}, {results['weights']}")
-    table.add_column("")
-    for column in ("sentences", "BLEU", "95 %", "chrF", "BLEU as tokenised in the files"):
-        table.add_column(column, justify="right")
+    title = f"Seed {results['seed']}, beam {results['beam']}, {results['weights']}"
+    columns = ("sentences", "BLEU", "95 %", "chrF", "BLEU, words of the files")
+    shown = table(title, [""], columns)
     for part, measures in results["scores"].items():
         bleu, chrf, spaced = (measures[n] for n in ("bleu", "chrf", "bleu_pretokenized"))
-        table.add_row(
+        shown.add_row(
             part, f"{results[f'{part}_sentences']:,}", f"{bleu['score']:.2f}",
             f"± {bleu['half_width']:.2f}", f"{chrf['score']:.2f}", f"{spaced['score']:.2f}",
         )  # fmt: skip
-    console.print(table)
+    console.print(shown)
     for name in ("bleu", "chrf"):
         console.print(results["scores"]["test"][name]["signature"], highlight=False)
     for i in unpicked(len(test), PRINTED):
         for name, text in (("source", test[i][0]), ("model", translations[i]),
                            ("reference", test[i][1])):  # fmt: skip
-            console.print(f"{name:>9}: {text}", highlight=False, markup=False, soft_wrap=True)
+            console.print(Text(f"{name:>9}: {text}"), soft_wrap=True)
 
 
 def report(

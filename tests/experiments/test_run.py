@@ -437,6 +437,20 @@ def test_help_lists_every_experiment_with_a_sentence(flag, capsys):
 
 
 @pytest.mark.parametrize(
+    "arguments", [[name] for name in command.COMMANDS] + [["bench", "--device"], []]
+)
+def test_help_fits_80_columns_and_breaks_no_line_as_the_source_does(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(*arguments, "--help") == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    if arguments == ["pronounce"]:
+        cache = re.search(r"--compilation-cache(.*?)--seed", out, re.DOTALL)[1]
+        lines = [line.strip("│ ") for line in cache.splitlines()]
+        assert "processes of a machine. None: JAX_COMPILATION_CACHE_DIR, or nothing is" in lines
+
+
+@pytest.mark.parametrize(
     ("former", "present"),
     [
         (["--model.attention", "chunked"], ["--model.implementation", "chunked"]),

@@ -218,7 +218,7 @@ def run(config: DeviceConfig, run_one: RunModule = run_module) -> None:
         for name in ("rows.jsonl", "log.txt"):
             write_text(config.run / name, "")
         results = measure(config, run_one, Console(stderr=True, highlight=False))
-    show(Console(width=max(Console().width, 150), highlight=False), results)
+    show(Console(highlight=False), results)
     print(config.run / "device.json")
     if code := verdict(results):
         sys.exit(code)

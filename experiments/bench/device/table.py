@@ -1,12 +1,13 @@
 """The results for a person to read: a table a part, and what went wrong below."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from experiments.reporting.tables import table
 
 Format = Callable[[Any], str]
 
@@ -49,14 +50,26 @@ COLUMNS: dict[str, tuple[str, Format]] = {
 """key of a row -> heading, and how it is written. What is not here is in the file alone."""
 
 
-def part_table(name: str, rows: list[dict[str, Any]], tiny: bool) -> Table:
-    """The measured rows of one part, with the columns that any of them has."""
-    title = f"{name} (tiny, CPU: no measurement)" if tiny else name
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column("")
+def part_tables(
+    console: Console, name: str, rows: list[dict[str, Any]], tiny: bool
+) -> Iterator[Table]:
+    """The measured rows of one part with the columns that any of them has, in as many tables below
+    each other as the console's width asks for."""
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    for key in keys:
-        made.add_column(COLUMNS[key][0], justify="right")
+    unlimited = console.options.update(max_width=10_000)
+    title = f"{name} (tiny, CPU: no measurement)" if tiny else name
+    while keys:
+        count = len(keys)
+        made = _part_table(title, rows, keys)
+        while count > 1 and console.measure(made, options=unlimited).maximum > console.width:
+            count -= 1
+            made = _part_table(title, rows, keys[:count])
+        yield made
+        keys = keys[count:]
+
+
+def _part_table(title: str, rows: list[dict[str, Any]], keys: list[str]) -> Table:
+    made = table(title, [""], [COLUMNS[key][0] for key in keys])
     for row in rows:
         cells = ["" if row.get(k) is None else COLUMNS[k][1](row[k]) for k in keys]
         style = "bold red" if row.get("passed") is False else None
@@ -66,15 +79,12 @@ def part_table(name: str, rows: list[dict[str, Any]], tiny: bool) -> Table:
 
 def kernel_table(row: dict[str, Any]) -> Table:
     """The longest kernels of one profile."""
-    title = f"longest kernels of one step, {row['name']}"
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column("kernel", overflow="ellipsis", no_wrap=True, max_width=70)
-    for heading in ("ms", "calls", "of kernels"):
-        made.add_column(heading, justify="right")
+    made = table(f"longest kernels of one step, {row['name']}", [], ["ms", "calls", "of kernels"])
+    made.add_column("kernel", overflow="fold")  # a name has hundreds of letters and no space
     for kernel in row["kernels"]:
         share = f"{kernel['share_of_kernels']:.1%}"
-        shown = kernel["kernel"], f"{1000 * kernel['seconds']:.3g}", str(kernel["calls"]), share
-        made.add_row(*shown)
+        numbers = f"{1000 * kernel['seconds']:.3g}", str(kernel["calls"]), share
+        made.add_row(*numbers, Text(kernel["kernel"]))
     return made
 
 
@@ -113,7 +123,7 @@ def show(console: Console, results: dict[str, Any]) -> None:
                 console.print(kernel_table(row))
     for name, rows in measured.items():
         if rows:
-            console.print(part_table(name, rows, results["tiny"]))
+            console.print(*part_tables(console, name, rows, results["tiny"]))
     if results["tiny"]:
         console.print(Text("TINY, on the CPU: it ran; its times and shares mean nothing."))
     console.print(Text(heading(results["machine"])))

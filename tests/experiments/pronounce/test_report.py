@@ -63,9 +63,8 @@ def test_the_rates_and_the_words_are_printed(examples, capsys, monkeypatch):
     rates = {"valid_wer": 0.1, "valid_per": 0.02, "test_wer": 0.34567, "test_per": 0.0891}
     show({"seed": 3, "beam": 4, "valid_words": 2442, "test_words": 12246, **rates}, examples)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = {line[1]: [c for c in line if c != "│"] for line in lines if len(line) > 2}
-    assert rows["validation"] == ["validation", "2,442", "10.00%", "2.00%"]
-    assert rows["test"] == ["test", "12,246", "34.57%", "8.91%"]
+    assert ["validation", "2,442", "10.00%", "2.00%"] in lines
+    assert ["test", "12,246", "34.57%", "8.91%"] in lines
     shown = " ".join(" ".join(line) for line in lines)
-    assert "seen │ abd │ A B D │ AE B | EY B D" in shown
+    assert "seen abd A B D AE B EY B D" in shown
     assert all(e.word in shown for e in examples if e.group != "wrong") and "wrong" not in shown
