@@ -209,10 +209,6 @@ def call(name: str, arguments: list[str]) -> None:
     for flag in command.instead.keys() & set(arguments):
         command, prog = command.instead[flag], f"{prog} {flag}"
         arguments = [argument for argument in arguments if argument != flag]
-    if command.device_per_core:
-        import jax
-
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())
     run, config = pkgutil.resolve_name(command.run), pkgutil.resolve_name(command.config)
     default = {} if command.default is None else {"default": command.default(arguments)}
     _join_help_lines(config)
@@ -220,6 +216,10 @@ def call(name: str, arguments: list[str]) -> None:
     asked_for_help = not {"-h", "--help"}.isdisjoint(arguments)
     with _lines_that_fit() if asked_for_help else contextlib.nullcontext():
         chosen = tyro.cli(config, args=arguments, prog=prog, **default)
+    if command.device_per_core:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
     run(chosen)
 
 

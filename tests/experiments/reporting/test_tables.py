@@ -3,7 +3,8 @@
 import pytest
 from rich.console import Console
 
-from experiments.bench import calls, cost, referee
+from docs.scripts import calls
+from experiments.bench import cost, referee
 from experiments.bench.device import table as device
 from experiments.bench.workloads import WORKLOADS
 from experiments.pronounce import report as pronounce
