@@ -5,14 +5,23 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.claims.drawing import label, legend, panels
-from experiments.reporting.figures import INK, LINES, MUTED, inline
+from experiments.reporting.style import (
+    DASHES,
+    INK,
+    LINES,
+    MUTED,
+    alone,
+    inline,
+    label,
+    legend,
+    panels,
+)
 
 
 def bars(records: list[dict[str, Any]]) -> str:
     """One SVG: the peer's seconds over ours, a bar a row, the goal as a tick."""
-    figure, (axes,) = panels("How many times as fast as the peer")
-    figure.set_size_inches(8.5, 0.9 + 0.34 * len(records))
+    size = (8.5, 0.9 + 0.34 * len(records))
+    figure, (axes,) = panels("How many times as fast as the peer", size=size)
     for place, r in enumerate(reversed(records)):
         colour = LINES[2] if r["ratio"] >= 1 else LINES[1]
         axes.barh(place, r["ratio"], height=0.62, color=colour)
@@ -22,7 +31,7 @@ def bars(records: list[dict[str, Any]]) -> str:
                       textcoords="offset points", va="center", fontsize=9, color=INK)  # fmt: skip
     names = [f"{r['id']}   {r['peer'].split(' (')[0]}" for r in reversed(records)]
     axes.set_yticks(range(len(records)), names)
-    axes.axvline(1, color=MUTED, lw=1, ls=(0, (4, 3)))
+    axes.axvline(1, color=MUTED, lw=1, ls=DASHES)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.1, y=0.02)
     label(axes, "peer's seconds / tfm's (dashed: equal; thick mark: the goal; line: range)", "")
@@ -35,8 +44,7 @@ def laws(curves: dict[str, dict[str, list[float]]]) -> str:
 
     curves: factor -> {"values", "seconds", "seconds_law", "bytes", "bytes_law"}.
     """
-    figure, axes = panels(*(f"More {factor}" for factor in curves))
-    figure.set_size_inches(2.9 * len(curves), 2.9)
+    figure, axes = panels(*(f"More {factor}" for factor in curves), size=(2.9 * len(curves), 2.9))
     for plot, (factor, curve) in zip(axes, curves.items(), strict=True):
         for (key, name), colour in zip(
             (("seconds", "time"), ("bytes", "memory")), LINES, strict=False
@@ -58,6 +66,5 @@ def laws(curves: dict[str, dict[str, list[float]]]) -> str:
 
 def _alone(figure: Figure, name: str, description: str) -> str:
     """The figure as an SVG file of its own."""
-    drawn = inline(figure, name, description)
-    alone = '<svg xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" '
-    return drawn.replace("<svg ", alone, 1)
+    width, height = figure.get_size_inches() * 72
+    return alone(inline(figure, name, description), (0, 0, width, height), description)

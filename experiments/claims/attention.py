@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 import tfm
 from experiments.claims import drawing
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact
+from experiments.reporting import style
 
 HEADS, LENGTH, WIDTH = 3, 7, 5
 DIRECTIONS = 500  # in which the outputs are compared with the values' extremes
@@ -71,7 +72,7 @@ def _one_seed(seed: int, scale: float) -> dict[str, float]:
 
 
 def _draw(worst: dict[float, dict[str, float]]) -> Figure:
-    figure, (errors, weights) = drawing.panels("Errors", "One query, 9 keys")
+    figure, (errors, weights) = style.panels("Errors", "One query, 9 keys")
     names = {
         "formula": "float64 loops",
         "normalised": "sum of 1",
@@ -86,9 +87,9 @@ def _draw(worst: dict[float, dict[str, float]]) -> Figure:
     errors.set_xscale("log")
     errors.set_yscale("log")
     errors.set_ylim(floor / 2, 0.3)  # room for the legend above the bound
-    drawing.level(errors, HYPOTHESES["formula"].bound, "bound")
-    drawing.legend(errors)
-    drawing.label(errors, "standard deviation of the queries", "largest error (1e-9: none)")
+    style.level(errors, HYPOTHESES["formula"].bound, "bound")
+    style.legend(errors)
+    style.label(errors, "standard deviation of the queries", "largest error (1e-9: none)")
     keys = jax.random.split(jax.random.key(0))
     query = jax.random.normal(keys[0], (1, 64))
     key = jax.random.normal(keys[1], (LENGTH + 2, 64))
@@ -97,8 +98,8 @@ def _draw(worst: dict[float, dict[str, float]]) -> Figure:
         place = np.arange(len(bars)) + 0.36 * i
         name = "softmax(QKᵀ/√d_k)" if scale == 1 else "without √d_k (d_k = 64)"
         weights.bar(place, bars, 0.34, color=drawing.LINES[i], label=name)
-    drawing.legend(weights)
-    drawing.label(weights, "key", "attention weight")
+    style.legend(weights)
+    style.label(weights, "key", "attention weight")
     return figure
 
 

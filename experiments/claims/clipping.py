@@ -20,6 +20,7 @@ from experiments.claims.evidence import (
     exact,
     wilson_difference,
 )
+from experiments.reporting import style
 
 THRESHOLD = 1.0
 SPIKE = 1e4  # what the gradient of one step is multiplied by, in the middle of the training
@@ -147,16 +148,16 @@ def _draw(losses: dict[str, np.ndarray], worthless: float) -> Figure:
         "sgd": ("SGD, raised rate", "SGD, spike"),
         "adam": ("Adam, raised rate", "Adam, spike"),
     }
-    figure, axes = drawing.panels(*titles["sgd"], *titles["adam"])
+    figure, axes = style.panels(*titles["sgd"], *titles["adam"])
     for kind, pair in (("sgd", axes[:2]), ("adam", axes[2:])):
         for i, plot in enumerate(pair):
             # Losses beyond the panel, infinite ones included, run along its upper edge.
             shown = np.nan_to_num(losses[kind][2 * i : 2 * i + 2], nan=8.0, posinf=8.0).clip(0, 8)
             steps = range(1, shown.shape[-1] + 1)
             drawing.bands(plot, steps, {"without clipping": shown[0], "clipped": shown[1]})
-            drawing.level(plot, worthless, "knows frequencies only")
+            style.level(plot, worthless, "knows frequencies only")
             plot.set_ylim(0, 8.2)
-            drawing.label(plot, "step", "training loss, nats a sound" if plot is axes[0] else "")
+            style.label(plot, "step", "training loss, nats a sound" if plot is axes[0] else "")
     return figure
 
 

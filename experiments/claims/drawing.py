@@ -9,32 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.reporting.figures import GRID, INK, LINES, MUTED, inline
-
-_WIDTH, _HEIGHT = 11.1, 2.5  # inches of up to three panels, which share the width
-
-
-def panels(*titles: str) -> tuple[Figure, list[Axes]]:
-    """A figure with one plain plot for each title, side by side."""
-    width = _WIDTH * min(1, len(titles) / 3)
-    figure = Figure(figsize=(width, _HEIGHT), dpi=72, layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(1, len(titles))))
-    for plot, title in zip(axes, titles, strict=True):
-        plot.set_title(title, fontsize=11, color=INK, loc="left", weight="bold")
-        plot.spines[["top", "right"]].set_visible(False)
-        plot.spines[["bottom", "left"]].set_color(MUTED)
-        plot.grid(axis="y", color=GRID, linewidth=0.8)
-        plot.set_axisbelow(True)
-        plot.tick_params(length=0, which="both", colors=MUTED, labelsize=9)
-        plot.xaxis.label.set_color(MUTED)
-        plot.yaxis.label.set_color(MUTED)
-    return figure, axes
-
-
-def label(axes: Axes, x: str, y: str) -> None:
-    """Names both axes, with their units."""
-    axes.set_xlabel(x, fontsize=9.5)
-    axes.set_ylabel(y, fontsize=9.5)
+from experiments.reporting.style import LINES, alone, inline, legend, paint
 
 
 def bands(axes: Axes, x: Sequence[float], values: dict[str, Any]) -> None:
@@ -57,20 +32,14 @@ def points(axes: Axes, values: dict[str, Any]) -> None:
     axes.set_xlim(-0.6, len(values) - 0.4)
 
 
-def level(axes: Axes, height: float, text: str) -> None:
-    """A dashed horizontal line with its meaning, such as a threshold or the chance level."""
-    axes.axhline(height, color=MUTED, lw=1, ls=(0, (4, 3)))
-    axes.annotate(text, (1, height), (-2, 3), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", ha="right", fontsize=8.5, color=MUTED)  # fmt: skip
-
-
-def legend(axes: Axes) -> None:
-    """The names of the lines, without a box."""
-    axes.legend(frameon=False, fontsize=9, labelcolor=MUTED, handlelength=1.4)
-
-
 _ROW, _LEFT, _RIGHT, _PLOT = 34, 330, 150, 320  # pixels of a strip
-_COLOURS = {"supported": "var(--right, #18794e)", "not supported": "var(--wrong, #c62a2f)"}
+_ROLES = {"supported": "right", "not supported": "wrong"}
+_CSS = (
+    f".claim-say,.claim-small{{font-size:11px;fill:{paint('ink')}}}"
+    f".claim-small{{fill:{paint('muted')}}}.claim-verdict{{font-size:11.5px;font-weight:600}}"
+    f".claim-axis{{stroke:{paint('line')};stroke-width:1}}"
+    f".claim-delta{{stroke:{paint('ink')};stroke-dasharray:3 2}}"
+)
 
 
 def _strip(top: float, subclaim: dict[str, Any]) -> str:
@@ -84,7 +53,7 @@ def _strip(top: float, subclaim: dict[str, Any]) -> str:
     def x(value: float) -> float:
         return _LEFT + _PLOT * (value - least) / (most - least)
 
-    colour = _COLOURS.get(subclaim["verdict"].split(",")[0], "var(--muted, #63686e)")
+    colour = paint(_ROLES.get(subclaim["verdict"].split(",")[0], "muted"))
     middle = top + _ROW / 2
     said = wrap(("caveat: " if subclaim["caveat_of"] else "") + subclaim["statement"], 52)
     said = [*said[:1], said[1] + " …"] if len(said) > 2 else said
@@ -121,17 +90,9 @@ def evidence(figure: Figure, name: str, description: str, subclaims: Sequence[di
     strips = "".join(_strip(shown + 26 + _ROW * i, s) for i, s in enumerate(subclaims))
     total = shown + 34 + _ROW * len(subclaims)
     place = f'<svg x="0" y="0" width="{min(width, full):g}" height="{shown:.1f}"'
-    style = (
-        ".claim-say,.claim-small{font-size:11px;fill:var(--ink,#1c1e21)}.claim-small{fill:var(--muted,#63686e)}"
-        ".claim-verdict{font-size:11.5px;font-weight:600}.claim-axis{stroke:var(--line,#e3e5e8);stroke-width:1}"
-        ".claim-delta{stroke:var(--ink,#1c1e21);stroke-dasharray:3 2}"
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-12 -10 {full + 24} {total + 20:.0f}" '
-        f'font-family="sans-serif" role="img" aria-label="{escape(description)}">'
-        f"<style>{style}</style>"
-        f'<rect x="-12" y="-10" width="100%" height="100%" style="fill:var(--card,#fff)"/>'
-        f"{above.replace('<svg', place, 1)}"
+    content = (
+        f"<style>{_CSS}</style>{above.replace('<svg', place, 1)}"
         f'<text x="{_LEFT}" y="{shown + 18:.1f}" class="claim-small">effect (dot) and 95 % '
-        f"interval (bar); dashed: the threshold δ</text>{strips}</svg>\n"
+        f"interval (bar); dashed: the threshold δ</text>{strips}"
     )
+    return alone(content, (-12, -10, full + 24, round(total + 20)), description)

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 import tfm
 from experiments.claims import drawing, study
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact, paired_t
+from experiments.reporting import style
 
 RATES = (0.0, 0.1, 0.3)
 SMALL = 256  # packed rows, about 1,200 words: few enough to be learned by heart
@@ -62,7 +63,7 @@ def _train(budget: Budget) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw(valid: np.ndarray, train: np.ndarray) -> Figure:
-    figure, (curves, small, large) = drawing.panels(
+    figure, (curves, small, large) = style.panels(
         "Few words: over training", "Few words: at the end", "All words: at the end"
     )
     share = np.array(PROBES) / study.PIECES * 100
@@ -74,10 +75,10 @@ def _draw(valid: np.ndarray, train: np.ndarray) -> Figure:
     }
     drawing.bands(curves, share, lines)
     curves.set_ylim(0, 1.6 * max(line.max() for line in lines.values()))  # the legend's place
-    drawing.label(curves, "steps done, %", "loss, nats a sound")
+    style.label(curves, "steps done, %", "loss, nats a sound")
     for axes, size in ((small, 0), (large, 1)):
         drawing.points(axes, {f"{r:g}": valid[i, size, :, -1] for i, r in enumerate(RATES)})
-        drawing.label(axes, "dropout rate", "validation loss, nats a sound")
+        style.label(axes, "dropout rate", "validation loss, nats a sound")
     return figure
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 import tfm
 from experiments.claims import drawing, study
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact, paired_t
+from experiments.reporting import style
 from tfm.kernels.precision import linear
 
 WIDER = 100  # d_model without the network: 12·100² parameters in the attentions of 1 + 1 layers,
@@ -99,9 +100,9 @@ def _train(budget: Budget) -> dict[str, np.ndarray]:
 
 
 def _draw(losses: dict[str, np.ndarray], seed: int) -> Figure:
-    figure, (quality, jacobian) = drawing.panels("Quality", "Who depends on whom")
+    figure, (quality, jacobian) = style.panels("Quality", "Who depends on whom")
     drawing.points(quality, losses)
-    drawing.label(quality, "in the place of the network", "validation loss, nats a sound")
+    style.label(quality, "in the place of the network", "validation loss, nats a sound")
     keys = jax.random.split(jax.random.key(seed), 3)
     x, w1, w2 = (
         jax.random.normal(k, s) for k, s in zip(keys, ((8, 8), (8, 32), (32, 8)), strict=True)
@@ -114,7 +115,7 @@ def _draw(losses: dict[str, np.ndarray], seed: int) -> Figure:
     scale.ax.tick_params(length=0, labelsize=9, colors=drawing.MUTED)
     scale.outline.set_visible(False)
     jacobian.grid(False)
-    drawing.label(jacobian, "position of the input", "position of the output")
+    style.label(jacobian, "position of the input", "position of the output")
     return figure
 
 

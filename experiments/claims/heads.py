@@ -14,6 +14,7 @@ import tfm
 from experiments.claims import drawing, study
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact, paired_t
 from experiments.data.vocabulary import EOS
+from experiments.reporting import style
 from tfm.kernels.precision import linear
 
 HEADS = (1, 2, 4, 8)  # at d_model 64; the claims compare 1 with 4
@@ -193,15 +194,15 @@ def _train(budget: Budget) -> dict[int, dict[str, np.ndarray]]:
 
 def _draw(found: dict[int, dict[str, np.ndarray]]) -> Figure:
     task = study.pronunciation()
-    figure, (quality, ablated, maps) = drawing.panels(
+    figure, (quality, ablated, maps) = style.panels(
         "Quality over heads", "Without one head (h = 4)", "Four heads reading one row of words"
     )
     drawing.points(quality, {f"{h}": probes["loss"][1, :, 0] for h, probes in found.items()})
-    drawing.label(quality, "heads h at d_model 64", "validation loss, nats a sound")
+    style.label(quality, "heads h at d_model 64", "validation loss, nats a sound")
     rises = found[MANY]["ablated"][1, :, 0]  # [seeds, 3 · heads]
     drawing.points(ablated, {f"{i + 1}": rises[:, i] for i in range(rises.shape[1])})
-    drawing.level(ablated, HYPOTHESES["needed"].threshold, "δ")
-    drawing.label(ablated, "head: 1–4 encoder, 5–8 decoder, 9–12 cross", "rise of the loss, nats")
+    style.level(ablated, HYPOTHESES["needed"].threshold, "δ")
+    style.label(ablated, "head: 1–4 encoder, 5–8 decoder, 9–12 cross", "rise of the loss, nats")
     real = np.count_nonzero(task.valid["target"][0]), np.count_nonzero(task.valid["source"][0])
     cross = found[MANY]["map"][1, 0, 0][:, : real[0], : real[1]]
     gap = np.full((real[0], 2), np.nan)
@@ -209,7 +210,7 @@ def _draw(found: dict[int, dict[str, np.ndarray]]) -> Figure:
                 aspect="auto", cmap="Blues", vmin=0, vmax=1)  # fmt: skip
     maps.grid(False)
     maps.set_xticks([])
-    drawing.label(maps, "letters, once for each head", "sounds, downwards")
+    style.label(maps, "letters, once for each head", "sounds, downwards")
     return figure
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 import tfm
 from experiments.claims import drawing, study
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact, paired_t
+from experiments.reporting import style
 from tfm.training import init_params
 
 LAYERS = 2  # encoder and decoder layers of the trained models
@@ -222,7 +223,7 @@ def _estimates(
 def _draw(
     trained: dict[tuple[str, str], study.Trained], gradients: dict[str, np.ndarray]
 ) -> Figure:
-    figure, (curve, gradient, warmup) = drawing.panels(
+    figure, (curve, gradient, warmup) = style.panels(
         "Training", "Gradients at initialisation", "Warm-up or none"
     )
     steps = np.arange(trained["no LN", "low"].loss.shape[-1] - SMOOTH + 1) + SMOOTH
@@ -232,19 +233,19 @@ def _draw(
         for rate in ("low", "high")
     }
     drawing.bands(curve, steps, {n: np.nan_to_num(c, nan=5).clip(0, 5) for n, c in curves.items()})
-    drawing.level(curve, GOAL, "goal")
-    drawing.label(curve, "step", "training loss, nats a sound")
+    style.level(curve, GOAL, "goal")
+    style.label(curve, "step", "training loss, nats a sound")
     norms = {f"{name}-LN": g / g[:, :1] for name, g in gradients.items()}
     drawing.bands(gradient, np.arange(DEEP) + 1, norms)
     gradient.set_ylim(bottom=0)
-    drawing.label(gradient, "decoder layer", "gradient of W₁, norm over the first's")
+    style.label(gradient, "decoder layer", "gradient of W₁, norm over the first's")
     ends = {
         f"{kind[:-3]},\n{words}": trained[kind, setting].probes["loss"][:, -1]
         for kind in ("post-LN", "pre-LN")
         for words, setting in (("warm-up", "high"), ("none", "cold"))
     }
     drawing.points(warmup, ends)
-    drawing.label(warmup, "", "validation loss, nats a sound")
+    style.label(warmup, "", "validation loss, nats a sound")
     return figure
 
 

@@ -81,7 +81,7 @@ def code_of(claim: Claim) -> str:
     here = Path(__file__).parent
     own = Path(str(sys.modules[claim.measure.__module__].__file__))
     shared = [here / f"{name}.py" for name in ("evidence", "study", "drawing")]
-    beside = ("data/pronunciations", "data/packing", "data/vocabulary", "reporting/figures")
+    beside = ("data/pronunciations", "data/packing", "data/vocabulary", "reporting/style")
     shared += [here.parent / f"{name}.py" for name in beside]
     core = sorted((here.parent.parent / "tfm").rglob("*.py"))
     digest = hashlib.sha256()

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 import tfm
 from experiments.claims import drawing, study
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact, paired_t
+from experiments.reporting import style
 from tfm.training import init_params
 
 D_MODEL, LENGTH = 32, 6
@@ -111,16 +112,16 @@ def _train(budget: Budget) -> tuple[dict[int, np.ndarray], list[dict], list[dict
 
 
 def _draw(losses: dict, overlaps: dict, ranks: dict, chance: float) -> Figure:
-    figure, (quality, apart, rank) = drawing.panels("Quality", "Overlap of heads", "Rank")
+    figure, (quality, apart, rank) = style.panels("Quality", "Overlap of heads", "Rank")
     drawing.points(quality, {f"h = {heads}": values for heads, values in losses.items()})
-    drawing.label(quality, "at d_model 64", "validation loss, nats a sound")
+    style.label(quality, "at d_model 64", "validation loss, nats a sound")
     drawing.points(apart, overlaps)
-    drawing.level(apart, chance, "random subspaces")
-    drawing.label(apart, f"W_Q, W_K of {MANY} heads", "mean squared cosine")
+    style.level(apart, chance, "random subspaces")
+    style.label(apart, f"W_Q, W_K of {MANY} heads", "mean squared cosine")
     drawing.points(rank, ranks)
     rank.set_ylim(0, 1.05)
-    drawing.level(rank, HYPOTHESES["full_rank"].threshold, "δ")
-    drawing.label(rank, f"W_Q, W_K of {MANY} heads", "effective rank / d_k")
+    style.level(rank, HYPOTHESES["full_rank"].threshold, "δ")
+    style.label(rank, f"W_Q, W_K of {MANY} heads", "effective rank / d_k")
     return figure
 
 

@@ -24,6 +24,7 @@ from experiments.claims.evidence import (
     wilson_difference,
 )
 from experiments.data.vocabulary import BOS, EOS
+from experiments.reporting import style
 from tfm.decoding import Decoded
 from tfm.training import init_params
 
@@ -177,7 +178,7 @@ def _search(seed: int) -> tuple[dict[int, int], float]:
 
 
 def _draw(probes: dict[str, np.ndarray], found: dict[int, int]) -> Figure:
-    figure, (reliability, search) = drawing.panels("Confidence and truth", "Finding the likeliest")
+    figure, (reliability, search) = style.panels("Confidence and truth", "Finding the likeliest")
     for seed in range(probes["share"].shape[0]):
         filled = probes["share"][seed] > 0.001
         reliability.plot(
@@ -185,13 +186,13 @@ def _draw(probes: dict[str, np.ndarray], found: dict[int, int]) -> Figure:
             color=drawing.LINES[0], ms=4, lw=1, alpha=0.7,
         )  # fmt: skip
     reliability.plot([0, 1], [0, 1], color=drawing.MUTED, lw=1, ls="--")
-    drawing.label(reliability, "probability of the likeliest sound", "share of these that is right")
+    style.label(reliability, "probability of the likeliest sound", "share of these that is right")
     places = range(len(WIDTHS))
     search.bar(places, [found[w] / CASES for w in WIDTHS], 0.6, color=drawing.LINES[0])
     search.set_xticks(places, ["greedy", *(f"beam {w}" for w in WIDTHS[1:])])
     search.set_ylim(0, 1.05)
-    drawing.level(search, HYPOTHESES["search"].threshold, "δ")
-    drawing.label(search, f"{CASES} random models", "share where it is found")
+    style.level(search, HYPOTHESES["search"].threshold, "δ")
+    style.label(search, f"{CASES} random models", "share where it is found")
     return figure
 
 

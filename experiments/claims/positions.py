@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 import tfm
 from experiments.claims import drawing, study
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact, paired_t
+from experiments.reporting import style
 
 LENGTH, D_MODEL = 100_000, 512  # of the table whose rows are told apart
 SHIFTS = (1, 7, 100, 1000)
@@ -133,15 +134,15 @@ def _train(budget: Budget) -> tuple[dict[str, np.ndarray], dict[str, dict[str, n
 
 
 def _draw(distances: np.ndarray, losses: dict, shares: dict) -> Figure:
-    figure, (apart, reversing, words) = drawing.panels(
+    figure, (apart, reversing, words) = style.panels(
         "Distance of rows Δ apart", "Writing backwards", "Pronouncing words"
     )
     places = np.unique(np.geomspace(1, len(distances), 300).astype(int))
     apart.plot(places, distances[places - 1], color=drawing.LINES[0], lw=1.3)
     apart.set_xscale("log")
     apart.set_ylim(bottom=0)
-    drawing.level(apart, HYPOTHESES["distinct"].threshold, "δ")
-    drawing.label(apart, "Δ, positions", "‖PE(i + Δ) − PE(i)‖")
+    style.level(apart, HYPOTHESES["distinct"].threshold, "δ")
+    style.label(apart, "Δ, positions", "‖PE(i + Δ) − PE(i)‖")
     done = np.array(PROBES) / study.PIECES * 100
     drawing.bands(reversing, done, {
         "with positions": shares["with"]["right"],
@@ -149,9 +150,9 @@ def _draw(distances: np.ndarray, losses: dict, shares: dict) -> Figure:
         "with, longer ones": shares["with"]["longer"],
     })  # fmt: skip
     reversing.set_ylim(-0.02, 1.02)
-    drawing.label(reversing, "steps done, %", "share of sequences right")
+    style.label(reversing, "steps done, %", "share of sequences right")
     drawing.points(words, losses)
-    drawing.label(words, "positions", "validation loss, nats a sound")
+    style.label(words, "positions", "validation loss, nats a sound")
     return figure
 
 

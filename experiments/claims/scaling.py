@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 import tfm
 from experiments.claims import drawing, study
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact, paired_t
+from experiments.reporting import style
 
 SIZES = (4, 16, 64, 256, 1024, 4096)  # d_k
 QUERIES, KEYS = 256, 64
@@ -138,7 +139,7 @@ def _estimates(initial: dict, small: np.ndarray, large: np.ndarray) -> dict[str,
 
 
 def _draw(initial: dict, large: np.ndarray) -> Figure:
-    figure, (growth, entropy, loss) = drawing.panels(
+    figure, (growth, entropy, loss) = style.panels(
         "Logits grow", "Softmax saturates", "Training, d_k = 64"
     )
     for axes, quantity, unit in (
@@ -148,10 +149,10 @@ def _draw(initial: dict, large: np.ndarray) -> Figure:
         names = {"without": "no factor", "with": "1/√d_k"}
         drawing.bands(axes, SIZES, {names[n]: f[quantity] for n, f in initial.items()})
         axes.set_xscale("log", base=2)
-        drawing.label(axes, "d_k", unit)
+        style.label(axes, "d_k", unit)
     growth.set_yscale("log", base=2)
     drawing.points(loss, {name: large[i, :, 1] for i, name in enumerate(EXPONENTS)})
-    drawing.label(loss, "factor", "validation loss, nats a sound")
+    style.label(loss, "factor", "validation loss, nats a sound")
     return figure
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 import tfm
 from experiments.claims import drawing
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact
+from experiments.reporting import style
 from tfm.kernels.softmax import masked_softmax
 from tfm.training import param_shapes
 
@@ -104,7 +105,7 @@ def _shapes(seed: int) -> dict[str, float]:
 
 
 def _draw(work: dict[int, tuple[float, float]], parameters: dict[int, int]) -> Figure:
-    figure, (same, grows) = drawing.panels("The same for every h", "Grows with h")
+    figure, (same, grows) = style.panels("The same for every h", "Grows with h")
     names = [f"{h}" for h in HEADS]
     for i, (text, counts) in enumerate(
         (("parameters of a model", [parameters[h] for h in HEADS]),
@@ -114,10 +115,10 @@ def _draw(work: dict[int, tuple[float, float]], parameters: dict[int, int]) -> F
         same.bar(places, np.array(counts) / counts[0], 0.36, color=drawing.LINES[i], label=text)
     same.set_xticks(np.arange(len(HEADS)) + 0.19, names)
     same.set_ylim(0, 1.5)
-    drawing.legend(same)
-    drawing.label(same, f"heads h at d_model {D_MODEL}", "relative to h = 1")
+    style.legend(same)
+    style.label(same, f"heads h at d_model {D_MODEL}", "relative to h = 1")
     grows.bar(names, [work[h][1] for h in HEADS], 0.6, color=drawing.LINES[2])
-    drawing.label(grows, f"heads h at d_model {D_MODEL}", f"exponentials ({BATCH} rows, L = 16)")
+    style.label(grows, f"heads h at d_model {D_MODEL}", f"exponentials ({BATCH} rows, L = 16)")
     return figure
 
 

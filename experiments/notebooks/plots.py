@@ -7,22 +7,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-INK, MUTED, GRID = "#1c1e21", "#63686e", "#e3e5e8"
-BLUE, ORANGE, GREEN, PURPLE, OLIVE = LINES = ("#2a62c9", "#c2571a", "#18794e", "#8a3fb0", "#8a6d00")
+from experiments.reporting import style
+
+level = style.level
+
+INK, MUTED = (style.PALETTE[role][0] for role in ("ink", "muted"))
+BLUE, ORANGE, GREEN, PURPLE, OLIVE = LINES = tuple(style.PALETTE[role][0] for role in style.SERIES)
 MANY = 12  # names that an axis has room for in full; more are written smaller
 
 
 def use_light_theme() -> None:
     """Sets matplotlib up for the pictures of a notebook."""
+    plt.rcParams.update(style.in_light())
     plt.rcParams.update({
         "figure.dpi": 84, "figure.facecolor": "white", "savefig.facecolor": "white",
-        "figure.constrained_layout.use": True, "axes.facecolor": "white",
-        "axes.prop_cycle": plt.cycler(color=LINES), "axes.spines.top": False,
-        "axes.spines.right": False, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED,
-        "axes.titlecolor": INK, "axes.titlesize": 11, "axes.titlelocation": "left",
-        "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True, "xtick.color": MUTED,
-        "ytick.color": MUTED, "xtick.labelsize": 9, "ytick.labelsize": 9,
-        "legend.frameon": False, "legend.fontsize": 9, "legend.labelcolor": MUTED,
+        "figure.constrained_layout.use": True, "axes.facecolor": "white", "axes.grid.axis": "both",
     })  # fmt: skip
 
 
@@ -81,13 +80,6 @@ def heat(
         bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label(legend, color=MUTED)
         bar.outline.set_visible(False)
-
-
-def level(axes: Axes, height: float, text: str) -> None:
-    """A dashed horizontal line with its meaning, such as the chance level."""
-    axes.axhline(height, color=MUTED, lw=1, ls=(0, (4, 3)))
-    axes.annotate(text, (1, height), (-2, 3), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", ha="right", fontsize=9, color=MUTED)  # fmt: skip
 
 
 def show() -> None:

@@ -1,13 +1,10 @@
-"""The report's pictures, as SVG to stand inside HTML: their colours are its CSS variables."""
+"""The report's pictures, as SVG to stand inside HTML."""
 
 import dataclasses
-import io
-import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,20 +16,8 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-INK, MUTED, GRID = "#000001", "#000002", "#000003"
-LINES = ("#000004", "#000005", "#000006", "#000007", "#000008")
-# matplotlib knows no CSS variables: it draws with stand-ins, and the variables take their place
-# in the SVG. So a picture follows the page between light and dark, and alone it is light.
-_PAINT = {
-    INK: "var(--ink, #1c1e21)",
-    MUTED: "var(--muted, #63686e)",
-    GRID: "var(--line, #e3e5e8)",
-    LINES[0]: "var(--accent, #2a62c9)",
-    LINES[1]: "var(--second, #c2571a)",
-    LINES[2]: "var(--third, #18794e)",
-    LINES[3]: "var(--fourth, #8a3fb0)",
-    LINES[4]: "var(--fifth, #8a6d00)",
-}
+from experiments.reporting.style import DPI, LINES, alone, in_svg, inline, paint
+
 _LABEL_HEIGHT = 25  # points that the two lines of a label at a curve's end take
 _END = "</s>"  # drawn as a small square
 _CELL = 14  # the side of a heat map's cell
@@ -66,34 +51,9 @@ PANELS = (
 )  # fmt: skip
 
 
-def inline(figure: Figure, name: str, description: str) -> str:
-    """The figure as an <svg> element that scales with the page and fetches nothing."""
-    buffer = io.StringIO()
-    # Real text, in the page's font; the salt keeps the ids of one picture out of another's.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    _, body = svg[svg.index("<svg") :].split(">", 1)
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = body.replace("xlink:href", "href")  # the prefix needs a declaration outside HTML
-    body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to these
-    body = re.sub(r' font-family: [^;"]*;?', "", body)  # the page has one
-    for stand_in, variable in _PAINT.items():
-        body = body.replace(stand_in, variable)
-    width, height = figure.get_size_inches() * 72
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-label="{escape(description)}">{body.strip()}'
-    )
-
-
 def _tidy(axes: Axes, panel: Panel) -> None:
-    """Horizontal grid lines, round numbers, and nothing else."""
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, which="both", labelcolor=MUTED, labelsize=9.5, pad=5)
+    """Round numbers, and no line at the left."""
+    axes.spines["left"].set_visible(False)
     axes.set_yscale(panel.scale)
     if panel.scale == "log":
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
@@ -121,8 +81,9 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
 
 def learning_curve(panel: Panel, metrics: Sequence[dict[str, Any]]) -> str:
     """The panel as SVG, from the objects of metrics.jsonl; '' where none of its keys was logged."""
-    figure = Figure(figsize=(3.9, 2.2), dpi=72)  # 72: a pixel is a point, the unit of the labels
-    axes = figure.add_axes((0.13, 0.13, 0.66, 0.8))
+    with in_svg():
+        figure = Figure(figsize=(3.9, 2.2), dpi=DPI)
+        axes = figure.add_axes((0.13, 0.13, 0.66, 0.8))
     ends, told = [], []
     for (key, name), colour in zip(panel.lines.items(), LINES, strict=False):
         # What was not finite was logged as null.
@@ -147,20 +108,18 @@ def learning_curve(panel: Panel, metrics: Sequence[dict[str, Any]]) -> str:
 def learning_curves_file(
     metrics: Sequence[dict[str, Any]], panels: Sequence[Panel] = PANELS[:2]
 ) -> str:
-    """Panels (loss and error rate) side by side, as an SVG file that stands alone on white."""
+    """Panels (loss and error rate) side by side, as an SVG file that stands alone."""
     width, height, top = 281, 158, 34  # of one panel, as `learning_curve` draws it
-    whole = width * len(panels)
-    parts = [f'<rect width="{whole}" height="{height + top}" fill="white"/>']
+    parts = []
     for index, panel in enumerate(panels):
         curve = learning_curve(panel, metrics)
         place = f'<svg x="{width * index}" y="{top}" width="{width}" height="{height}"'
         parts.append(curve.replace("<svg", place, 1))
-        for y, size, text in ((14, 12, panel.title), (28, 9.5, panel.note)):
-            parts.append(f'<text x="{width * index + 8}" y="{y}" font-size="{size}">{text}</text>')
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {height + top}" '
-        f'font-family="sans-serif" fill="#1c1e21">{"".join(parts)}</svg>\n'
-    )
+        at = f'x="{width * index + 8}" fill="{paint("ink")}"'
+        parts.append(f'<text {at} y="14" font-size="11" font-weight="bold">{panel.title}</text>')
+        parts.append(f'<text {at} y="28" font-size="9.5">{panel.note}</text>')
+    box = (0, 0, width * len(panels), height + top)
+    return alone("".join(parts), box, " and ".join(panel.title for panel in panels))
 
 
 def attention_map(letters: Sequence[str], sounds: Sequence[str], weights: np.ndarray) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.reporting.figures import Panel, learning_curve
+from experiments.reporting.style import css_variables
 
-_STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+_STYLE = css_variables() + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -441,6 +441,7 @@ def test_help_lists_every_experiment_with_a_sentence(flag, capsys):
 )
 def test_help_fits_80_columns_and_breaks_no_line_as_the_source_does(arguments, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(os, "cpu_count", jax.local_device_count)  # this process has begun with them
     assert call(*arguments, "--help") == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80

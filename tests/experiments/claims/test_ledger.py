@@ -20,6 +20,7 @@ from experiments.claims.evidence import (
 )
 from experiments.claims.ledger import CLAIMS, ClaimsConfig, ClaimsError, run
 from experiments.claims.pages import write_pages
+from experiments.reporting import style
 
 IDS = ["scaling", "heads", "dropout", "attention", "multihead", "positions", "feedforward", "split",
        "layernorm", "output", "clipping"]  # fmt: skip
@@ -29,7 +30,7 @@ def small_claim(name, measured):
     def measure(budget):
         measured.append(name)
         budget.report(0.5, "half way")
-        figure, (axes,) = drawing.panels("It")
+        figure, (axes,) = style.panels("It")
         drawing.points(axes, {"a": [1, 2]})
         found = {"grows": paired_t([0.1, 0.2, budget.first_seed]), "exact": exact(1e-7)}
         return found, figure

@@ -2,7 +2,7 @@ from xml.etree import ElementTree
 
 from matplotlib.figure import Figure
 
-from experiments.reporting.figures import inline
+from experiments.reporting.style import inline
 
 
 def test_a_label_of_two_lines_leaves_the_picture_whole():
