@@ -67,7 +67,8 @@ def test_tested_versions_lie_in_the_ranges_of_setup_cfg(file, extras, python):
 
 def modules(packages: Iterable[str]) -> set[str]:
     """What can be imported where these packages are installed, of what is imported here."""
-    others = {"orbax-checkpoint": ["orbax"], "ipykernel": ["IPython"],
+    others = {"orbax-checkpoint": ["orbax"], "docstring-parser": ["docstring_parser"],
+              "ipykernel": ["IPython"],
               "transformers": ["transformers", "huggingface_hub"]}  # fmt: skip
     return {module for package in packages for module in others.get(package, [package])}
 

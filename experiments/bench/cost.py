@@ -16,8 +16,8 @@ from scipy.optimize import nnls
 
 from experiments.bench.drawing import laws
 from experiments.bench.kept import Kept
-from experiments.bench.workloads import attention_flops, forward_flops
 from experiments.checkpoints.run_folder import RunFolder, plain, write_json, write_text
+from experiments.plan.flops import attention_flops, forward_flops
 from experiments.progress import ProgressBar
 from experiments.reporting.tables import table
 from tfm import Transformer, TransformerConfig, init_state, make_optimizer, make_train_step

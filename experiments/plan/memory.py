@@ -4,7 +4,6 @@ The letters are those of `tfm`: R rows on a device, S and T positions, n = R·S 
 and V features, H heads, t = mesh.tensor. A number is 4 bytes.
 """
 
-import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -113,16 +112,6 @@ def loss_bytes(work: Work) -> int:
     return (3 if work.vocabulary > work.model.vocab_size else 2) * logits_bytes(work)
 
 
-def _layer_parameters(work: Work, attentions: int) -> list[Parameter]:
-    """Those of one layer with so many attentions."""
-    c = work.model
-    alone = dataclasses.replace(c, num_encoder_layers=1, num_decoder_layers=1, final_norm=False)
-    counts = {"w1": 1, "w2": 1, "b1": 1, "b2": 1, "scale": attentions + 1, "bias": attentions + 1}
-    counts |= {f"{kind}_{n}": attentions for kind in "wb" for n in "qkvo"}
-    found = parameters(alone)
-    return [p._replace(count=counts[p.name]) for p in found if p.name in counts]
-
-
 def _gathered(work: Work, found: Iterable[Parameter]) -> int:
     """Bytes of the parameters in the form that products take, which are held until the backward.
 
@@ -142,9 +131,9 @@ def stages(work: Work, habits: Habits) -> list[Stage]:
     def size(chosen: Iterable[Parameter], gathered: bool = habits.whole) -> int:
         return WORD * sum(p.elements(mesh, gathered=gathered) for p in chosen)
 
-    for side, length, layers, kept, attentions, table in (
-        ("encoder", work.source, c.num_encoder_layers, encoder_layer, 1, "source_embedding"),
-        ("decoder", work.target, c.num_decoder_layers, decoder_layer, 2, "embedding"),
+    for side, length, layers, kept, table in (
+        ("encoder", work.source, c.num_encoder_layers, encoder_layer, "source_embedding"),
+        ("decoder", work.target, c.num_decoder_layers, decoder_layer, "embedding"),
     ):
         x = WORD * work.rows_at_once * length * d
         draws = habits.draw * x // WORD if c.dropout_rate else 0
@@ -156,7 +145,7 @@ def stages(work: Work, habits: Habits) -> list[Stage]:
         found.append(
             Stage(f"{side} embedding", x, x + draws, _gathered(work, own), looked_up)
         )  # fmt: skip
-        weights = _layer_parameters(work, attentions)
+        weights = parameters(c, f"{side}_0")
         stage = Stage(side, x, kept(work, habits), _gathered(work, weights), size(weights))
         found += [stage] * layers
         if c.has_final_norm:

@@ -30,7 +30,7 @@ FEW = 16
 class PlanConfig:
     """Say what a training would need and how fast it should be, without the devices.
 
-    Every number stands beside its formula. Nothing is trained and no device is looked for.
+    Each number has its formula; nothing is trained, and no device is looked for.
     """
 
     preset: Literal["small", "base", "big"] = "base"
@@ -40,8 +40,7 @@ class PlanConfig:
     mesh: MeshConfig = MeshConfig(data=1)
     """The devices, as a training would be told of them."""
     rows: int = 192
-    """Packed rows of a batch, on all devices together; 192 of 128 positions are near the paper's
-    batches of 25k tokens."""
+    """Packed rows of a batch, on all devices; 192 of 128 positions are near the paper's 25k."""
     source_length: int = 128
     """Source positions of a row."""
     target_length: int = 128
@@ -57,9 +56,7 @@ class PlanConfig:
     assumed: Assumed = Assumed()
     """Which part of a chip's peaks is reached."""
     compile: bool = False
-    """Compile the step for forced host devices in any case, and tell what XLA says of it beside the
-    formulas. Otherwise that is done for models of at most 20 million parameters on at most 16
-    devices."""
+    """Compile the step for the CPU, and compare; small models on few devices are in any case."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "source_length", "target_length", "accumulation", "steps"):
@@ -118,7 +115,7 @@ def compiled_on_cpu(work: Work) -> tables.OnCPU:
 def run(config: PlanConfig) -> None:
     """Prints the plan."""
     work = work_of(config)
-    console = Console(width=100, highlight=False)
+    console = Console(width=tables.WIDTH, highlight=False)
     chips = list(CHIPS.values()) if config.chip == "all" else [CHIPS[config.chip]]
     on_cpu = compiled_on_cpu(work) if config.compiles else None
     for part in (

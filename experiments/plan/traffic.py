@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from experiments.bench.workloads import attention_flops, forward_flops
+from experiments.plan.flops import attention_flops, forward_flops, logits_flops
 from experiments.plan.work import WORD, Work, parameters
 from tfm.parallel.sharding import LOGICAL_AXIS_RULES
 
@@ -26,12 +26,11 @@ class Products(NamedTuple):
 
 
 def products(work: Work) -> Products:
-    """Forward: 2·I·O a position for each matrix [I, O], 4·L·K·D for each attention of L queries
-    and K keys; backward: two products for each of these; anew: those of the layers once more, with
+    """Backward: two products for each of the forward; anew: those of the layers once more, with
     rematerialize=layers; rows: the gradients of γ, β, b₁ and b₂, 2·8 a position and feature."""
     c = dataclasses.replace(work.model, vocab_size=work.vocabulary)
     forward = work.rows * forward_flops(c, work.source, work.target)
-    logits = 2 * work.target_tokens * c.d_model * c.vocab_size
+    logits = work.rows * logits_flops(c, work.target)
     anew = forward - logits if c.rematerialize == "layers" else 0
     d, f = c.d_model, c.d_ff
     encoder, decoder = (16 * (2 * n * d + f + d) for n in (2, 3))

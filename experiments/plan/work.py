@@ -1,13 +1,18 @@
 """The step that is planned, the arrays that it works on, and the bytes of its state."""
 
 import dataclasses
+import functools
 import math
+from collections import Counter
 from typing import NamedTuple
+
+import jax
 
 from tfm.config import TransformerConfig
 from tfm.kernels.attention import CHUNK
 from tfm.parallel.mesh import MeshConfig, check_divides
 from tfm.parallel.sharding import PARAM_LOGICAL_AXES
+from tfm.training import param_shapes
 
 WORD = 4
 """Bytes of a number of the state, of a token and of an activation: all are of 32 bits.
@@ -106,32 +111,16 @@ class Parameter(NamedTuple):
         return one * self.count
 
 
-def parameters(config: TransformerConfig) -> list[Parameter]:
-    """All parameters of the model."""
-    c, d, f = config, config.d_model, config.d_ff
-    layers = c.num_encoder_layers + c.num_decoder_layers
-    attentions = c.num_encoder_layers + 2 * c.num_decoder_layers
-    norms = layers + attentions + 2 * c.has_final_norm
-    rows = c.padded(c.vocab_size)
-    found = [Parameter(f"w_{n}", (d, d), attentions) for n in "qkvo"]
-    if c.projection_bias:
-        found += [Parameter(f"b_{n}", (d,), attentions) for n in "qkvo"]
-    found += [
-        Parameter("w1", (d, f), layers), Parameter("b1", (f,), layers),
-        Parameter("w2", (f, d), layers), Parameter("b2", (d,), layers),
-        Parameter("scale", (d,), norms), Parameter("bias", (d,), norms),
-        Parameter("embedding", (rows, d), 1),
-    ]  # fmt: skip
-    if c.source_vocab_size is not None:
-        found.append(Parameter("source_embedding", (c.padded(c.source_vocab_size), d), 1))
-    if not c.tied_output:
-        found.append(Parameter("output", (d, rows), 1))
-    if c.output_bias:
-        found.append(Parameter("output_bias", (rows,), 1))
-    if c.positions == "learned":
-        found += [Parameter(f"{n}_positions", (c.max_learned_positions, d), 1)
-                  for n in ("source", "target")]  # fmt: skip
-    return found
+_shapes = functools.cache(param_shapes)
+
+
+@functools.cache
+def parameters(config: TransformerConfig, part: str = "") -> tuple[Parameter, ...]:
+    """The parameters of the model, or of one part of it: `encoder_0`, `decoder_0`."""
+    tree = _shapes(dataclasses.replace(config, scan_layers=False))  # which only stacks them
+    leaves = jax.tree.leaves_with_path(tree[part] if part else tree)
+    counts = Counter((path[-1].key, leaf.shape) for path, leaf in leaves)
+    return tuple(Parameter(name, shape, count) for (name, shape), count in counts.items())
 
 
 COUNTERS = (4 + 4 + 4) + 8

@@ -22,8 +22,9 @@ from experiments.bench.device.timing import (
     median_seconds,
     program_bytes,
 )
-from experiments.bench.workloads import Training, training_flops
+from experiments.bench.workloads import Training
 from experiments.plan.chips import CHIPS
+from experiments.plan.flops import training_flops
 from experiments.plan.speed import Assumed, most_rows
 from experiments.plan.work import Work
 from tfm import Transformer, TransformerConfig, make_optimizer, make_train_step
@@ -70,7 +71,8 @@ def rates(session: Session, work: Training, seconds: float) -> Row:
     """Tokens of source and target a second, and the share of the peak."""
     side = work.rows * work.length / seconds
     tokens = {"source_tokens_per_second": side, "target_tokens_per_second": side}
-    return tokens | session.share_of_peak(training_flops(work) / seconds)
+    flops = work.rows * training_flops(work.config, work.length, work.length)
+    return tokens | session.share_of_peak(flops / seconds)
 
 
 def fresh_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:

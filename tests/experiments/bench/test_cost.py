@@ -6,7 +6,7 @@ import pytest
 
 from experiments.bench import cost
 from experiments.bench.cost import CHECK, FACTORS, CostConfig, Point, fit, memory_terms, time_terms
-from experiments.bench.workloads import forward_flops
+from experiments.plan.flops import forward_flops
 
 PRICES = [2e-11, 3e-11, 1e-10, 5e-10, 1e-3]  # of the terms of time, in their order
 

@@ -20,12 +20,8 @@ from experiments.bench.referee import (
     run,
     wants_more,
 )
-from experiments.bench.workloads import (
-    WORKLOADS,
-    decoding_flops,
-    forward_flops,
-    training_flops,
-)
+from experiments.bench.workloads import WORKLOADS
+from experiments.plan.flops import decoding_flops, forward_flops, training_flops
 
 PEER = "flax linen"  # always installed
 
@@ -88,7 +84,8 @@ def test_short_rows_get_pairs_until_their_interval_is_narrow():
 
 def test_a_rows_limit_is_the_peak_or_the_bandwidth(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.1")
-    work, least = WORKLOADS["T1"], training_flops(WORKLOADS["T1"]) / 1e12
+    work = WORKLOADS["T1"]
+    least = work.rows * training_flops(work.config, work.length, work.length) / 1e12
     row = record(work, "torch eager", pairs_of((1.0, 2.0)), LIMITS)
     assert row["least_seconds"] == least == LIMITS.seconds(work)
     assert (row["limit"], row["share"]) == (2.0 / least, least)
@@ -107,16 +104,13 @@ def test_attention_needs_its_products_and_its_arrays():
     assert both == (3 * forward.flops, 2 * forward.bytes)
 
 
-def test_decoding_needs_what_a_forward_pass_needs_and_the_causal_half_of_attention():
-    work = WORKLOADS["D2"]
-    whole = forward_flops(work.config, work.source, 0)
-    each = forward_flops(work.config, work.source, work.target) - whole
-    d, t = work.config.d_model, work.target
-    spared = 4 * d * work.config.num_decoder_layers * (t * t - t * (t + 1) / 2)
-    assert decoding_flops(work) == work.rows * (whole + work.beam * (each - spared))
-    encoder = work.rows * whole
-    stopping = decoding_flops(WORKLOADS["D2-stopping"]) - encoder
-    assert 0.6 < stopping / (decoding_flops(work) - encoder) < 5 / 8
+def test_decoding_needs_its_rows_hypotheses_and_steps():
+    work, stopping = WORKLOADS["D2"], WORKLOADS["D2-stopping"]
+    flops = decoding_flops(work.config, work.source, work.target, work.beam)
+    assert least_work(work).flops == work.rows * flops
+    encoder = work.rows * forward_flops(work.config, work.source, 0)
+    parts = [least_work(each).flops - encoder for each in (stopping, work)]
+    assert 0.6 < parts[0] / parts[1] < 5 / 8
 
 
 def test_the_machine_is_measured():

@@ -6,8 +6,8 @@ import math
 import jax
 import pytest
 
-from experiments.bench.workloads import forward_flops
 from experiments.plan.chips import CHIPS, Chip
+from experiments.plan.flops import forward_flops
 from experiments.plan.memory import (
     CPU,
     GPU,
@@ -30,6 +30,7 @@ VARIANTS = (
     {"projection_bias": True, "output_bias": True, "tied_output": False},
     {"source_vocab_size": 320, "norm_placement": "pre"},
     {"positions": "learned", "final_norm": True, "max_learned_positions": 24},
+    {"scan_layers": True},
 )
 
 
