@@ -15,6 +15,7 @@ from experiments.evaluation import error_rates
 from experiments.functions import check_folder, identity_of, make_model
 from experiments.inference.batches import WORDS
 from experiments.inference.predictor import Predictor, Settings
+from experiments.progress import ProgressBar
 from experiments.pronounce.report import report
 from experiments.training.config import (
     MAY_DIFFER,
@@ -141,9 +142,10 @@ class Score:
     hypotheses: list[tuple[str, ...]]
 
 
-def score(pronouncer: Predictor, lexicon: Lexicon, beam: int | None = None) -> Score:
-    """WER and PER of the best pronunciations of all words of a lexicon."""
-    hypotheses = [tuple(text.split()) for text in pronouncer(list(lexicon), beam=beam)]
+def score(pronouncer: Predictor, lexicon: Lexicon, **options: Any) -> Score:
+    """WER and PER of the best pronunciations of all words of a lexicon; options as
+    `Predictor.nbest`."""
+    hypotheses = [tuple(text.split()) for text in pronouncer(list(lexicon), **options)]
     references = list(lexicon.values())
     return Score(
         error_rates.word_error_rate(hypotheses, references),
@@ -247,7 +249,9 @@ class PronounceTask:
 
     def finish(self, pronouncer: Predictor, facts: dict[str, Any]) -> dict[str, Any]:
         run, lexicons = self.run, self.lexicons
-        valid, test = score(pronouncer, lexicons.valid), score(pronouncer, lexicons.test)
+        with ProgressBar("scoring words", len(lexicons.valid) + len(lexicons.test)) as bar:
+            valid = score(pronouncer, lexicons.valid, done=bar.advance)
+            test = score(pronouncer, lexicons.test, done=bar.advance)
         results = results_of(run.config, facts, valid, test)
         report(run.record, lexicons, run.folder, pronouncer, results, test.hypotheses)
         return results

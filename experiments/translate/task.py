@@ -19,6 +19,7 @@ from experiments.errors import UserError
 from experiments.functions import check_folder, identity_of, make_model
 from experiments.inference.predictor import Predictor, Settings
 from experiments.inference.saved import load_translation
+from experiments.progress import ProgressBar
 from experiments.training.config import decide_compute_dtype, parameter_count
 from experiments.training.fitting import TrainingData, train_model
 from experiments.training.placement import Layout, divisible
@@ -146,14 +147,15 @@ class Prepared:
     def finish(self, translator: Predictor, facts: dict[str, Any]) -> dict[str, Any]:
         """Translates and scores validation and test, and reports."""
         run, config, texts = self.run, self.run.config, self.texts
-        print(f"translating {len(texts.test):,} test sentences, beam {config.beam} …", flush=True)
         translations, measured = {}, {}
         for part in ("test", "valid"):
             sources, references = zip(*getattr(texts, part), strict=True)
             if part == "valid" and texts.valid is texts.test:
                 translations[part], measured[part] = translations["test"], measured["test"]
                 continue
-            translations[part] = translated(translator, sources)
+            with ProgressBar(f"translating {part} sentences", len(sources)) as bar:
+                translations[part] = translated(translator, sources, done=bar.advance)
+                bar.reached(len(sources))  # blank ones are not translated
             measured[part] = scores(translations[part], list(references))
         about = facts | {"asked_steps": config.steps}
         results = results_of(config, self.store, self.target.size, about, measured, texts)
