@@ -118,7 +118,7 @@ COMMANDS = {
         "experiments.inference.predict:run",
     ),
     "score": Command(
-        "Give the log-probability of translations on standard input.",
+        "Give the log-probability of given answers, line for line.",
         "experiments.inference.score:ScoreConfig",
         "experiments.inference.score:run",
     ),
