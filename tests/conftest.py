@@ -27,8 +27,8 @@ def pytest_configure(config):
 
 
 LONGEST = [
-    "test_killing", "test_together", "test_compiled", "test_sharding", "test_measures",
-    "test_resuming", "test_predictor", "test_translate", "test_notebooks", "test_properties",
+    "test_interrupting", "test_together", "test_compiled", "test_sharding", "test_measures",
+    "test_predictor", "test_translate", "test_notebooks", "test_properties",
     "test_study", "test_predict", "test_model", "test_training", "test_decoding",
     "test_compilations", "test_strict",
 ]  # fmt: skip

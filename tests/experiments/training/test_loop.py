@@ -241,7 +241,7 @@ def test_a_signal_is_told_at_once():
 
 
 def test_a_signal_during_an_evaluation_saves_its_step(tmp_path, whole):
-    """C3, evaluation; tests/experiments/test_killing.py has compiling and saving."""
+    """C3, evaluation; tests/experiments/test_interrupting.py has compiling and saving."""
 
     def evaluate(params):
         os.kill(os.getpid(), signal.SIGTERM)
