@@ -124,7 +124,9 @@ class ProgressBar:
         begun, first = self._pace_from
         if self._done <= first:
             return None
-        return (self._reached - begun) / (self._done - first) * (self._total - self._done)
+        # An evaluation counts while it lasts: there will be more of them.
+        until = self._reached if self._doing == self._what else time.monotonic()
+        return (until - begun) / (self._done - first) * (self._total - self._done)
 
     def __rich__(self) -> RenderableType:
         """A row; in a narrow terminal the status has one of its own."""

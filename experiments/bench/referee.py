@@ -230,7 +230,7 @@ def _time_rounds(
     missing = [peer for peer in peers if wants_more(pairs[peer], wanted)]
     if not missing:
         return pairs
-    bar.now(f"timing {work.id}")
+    bar.update(work.id)
     with tempfile.TemporaryDirectory() as name:
         weights = Path(name) / "weights.safetensors"
         agreeing = _agreeing(work, missing, weights, Path(name), bar)

@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import tfm
-from experiments.claims import drawing
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact
 from experiments.reporting import style
 
@@ -81,7 +80,7 @@ def _draw(worst: dict[float, dict[str, float]]) -> Figure:
     }
     scales = list(worst)
     floor = 1e-9  # so that an exact 0 has a place on a logarithmic axis
-    for (name, text), colour in zip(names.items(), drawing.LINES, strict=False):
+    for (name, text), colour in zip(names.items(), style.LINES, strict=False):
         heights = [max(worst[s][name], floor) for s in scales]
         errors.plot(scales, heights, "o-", ms=4, label=text, color=colour)
     errors.set_xscale("log")
@@ -97,7 +96,7 @@ def _draw(worst: dict[float, dict[str, float]]) -> Figure:
         bars = np.asarray(tfm.attention_weights(scale * query, key))[0]
         place = np.arange(len(bars)) + 0.36 * i
         name = "softmax(QKᵀ/√d_k)" if scale == 1 else "without √d_k (d_k = 64)"
-        weights.bar(place, bars, 0.34, color=drawing.LINES[i], label=name)
+        weights.bar(place, bars, 0.34, color=style.LINES[i], label=name)
     style.legend(weights)
     style.label(weights, "key", "attention weight")
     return figure

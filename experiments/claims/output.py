@@ -11,7 +11,7 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import tfm
-from experiments.claims import drawing, study
+from experiments.claims import study
 from experiments.claims.evidence import (
     Budget,
     Claim,
@@ -183,12 +183,12 @@ def _draw(probes: dict[str, np.ndarray], found: dict[int, int]) -> Figure:
         filled = probes["share"][seed] > 0.001
         reliability.plot(
             probes["confidence"][seed][filled], probes["accuracy"][seed][filled], "o-",
-            color=drawing.LINES[0], ms=4, lw=1, alpha=0.7,
+            color=style.LINES[0], ms=4, lw=1, alpha=0.7,
         )  # fmt: skip
-    reliability.plot([0, 1], [0, 1], color=drawing.MUTED, lw=1, ls="--")
+    reliability.plot([0, 1], [0, 1], color=style.MUTED, lw=1, ls="--")
     style.label(reliability, "probability of the likeliest sound", "share of these that is right")
     places = range(len(WIDTHS))
-    search.bar(places, [found[w] / CASES for w in WIDTHS], 0.6, color=drawing.LINES[0])
+    search.bar(places, [found[w] / CASES for w in WIDTHS], 0.6, color=style.LINES[0])
     search.set_xticks(places, ["greedy", *(f"beam {w}" for w in WIDTHS[1:])])
     search.set_ylim(0, 1.05)
     style.level(search, HYPOTHESES["search"].threshold, "δ")

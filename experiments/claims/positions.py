@@ -138,7 +138,7 @@ def _draw(distances: np.ndarray, losses: dict, shares: dict) -> Figure:
         "Distance of rows Δ apart", "Writing backwards", "Pronouncing words"
     )
     places = np.unique(np.geomspace(1, len(distances), 300).astype(int))
-    apart.plot(places, distances[places - 1], color=drawing.LINES[0], lw=1.3)
+    apart.plot(places, distances[places - 1], color=style.LINES[0], lw=1.3)
     apart.set_xscale("log")
     apart.set_ylim(bottom=0)
     style.level(apart, HYPOTHESES["distinct"].threshold, "δ")

@@ -9,7 +9,6 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import tfm
-from experiments.claims import drawing
 from experiments.claims.evidence import Budget, Claim, Estimate, Hypothesis, Text, exact
 from experiments.reporting import style
 from tfm.kernels.softmax import masked_softmax
@@ -112,12 +111,12 @@ def _draw(work: dict[int, tuple[float, float]], parameters: dict[int, int]) -> F
          ("products' FLOPs of one attention", [work[h][0] for h in HEADS]))
     ):  # fmt: skip
         places = np.arange(len(HEADS)) + 0.38 * i
-        same.bar(places, np.array(counts) / counts[0], 0.36, color=drawing.LINES[i], label=text)
+        same.bar(places, np.array(counts) / counts[0], 0.36, color=style.LINES[i], label=text)
     same.set_xticks(np.arange(len(HEADS)) + 0.19, names)
     same.set_ylim(0, 1.5)
     style.legend(same)
     style.label(same, f"heads h at d_model {D_MODEL}", "relative to h = 1")
-    grows.bar(names, [work[h][1] for h in HEADS], 0.6, color=drawing.LINES[2])
+    grows.bar(names, [work[h][1] for h in HEADS], 0.6, color=style.LINES[2])
     style.label(grows, f"heads h at d_model {D_MODEL}", f"exponentials ({BATCH} rows, L = 16)")
     return figure
 

@@ -109,6 +109,18 @@ def test_a_resumed_sitting_goes_by_its_own_steps(clock):
         assert "remaining 0:20" in shown(console, bar)  # 49 steps took 20 seconds
 
 
+def test_what_is_done_between_the_steps_counts_while_it_lasts(clock):
+    console = terminal()
+    with ProgressBar("training", 101, console=console) as bar:
+        for step in range(1, 52):
+            clock.now += 1
+            bar.reached(step)
+        assert "remaining 0:50" in shown(console, bar)
+        bar.now("evaluating")
+        clock.now += 25
+        assert "evaluating" in shown(console, bar) and "remaining 1:15" in shown(console, bar)
+
+
 def test_a_first_step_like_the_others_counts(clock):
     console = terminal()
     with ProgressBar("measuring", 4, first_counts=True, console=console) as bar:
