@@ -43,7 +43,6 @@ def _vocabulary(
     if start is not None:
         source, target = start.source, start.target
     else:
-        print("training the vocabulary …", flush=True)
         lines = itertools.chain.from_iterable(clean)
         source = target = train_subwords(
             lines, config.vocabulary_size, config.subwords, config.seed
