@@ -75,11 +75,11 @@ class ProgressBar:
     def reached(self, done: float) -> None:
         """So many steps are done in all. Costs microseconds, so it may be called at every step."""
         self._doing = self._what
-        if done != self._done:
+        if moved := done != self._done:
             self._done, self._reached = done, time.monotonic()
             self._pace_from = self._pace_from or (self._reached, done)
         if not self._status:  # else a line comes with the next figures
-            self._log(at_once=self._complete and self._has_spoken)
+            self._log(at_once=moved and self._complete and self._has_spoken)
 
     def update(self, status: str) -> None:
         """Shows how it goes: a few figures."""

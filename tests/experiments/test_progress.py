@@ -59,6 +59,17 @@ def test_what_is_soon_done_without_figures_says_nothing_in_a_log(clock, capsys):
     ]  # fmt: skip
 
 
+def test_the_last_line_of_a_log_comes_once(clock, capsys):
+    with ProgressBar("predicting", 3) as bar:
+        for seconds in (31, 1, 1):
+            clock.now += seconds
+            bar.advance()
+        bar.reached(3)
+    assert [line[:15] for line in capsys.readouterr().err.splitlines()] == [
+        "predicting  1/3", "predicting  3/3",
+    ]  # fmt: skip
+
+
 def test_a_terminal_gets_the_bar_the_counts_and_each_time_by_its_name(clock):
     console = terminal()
     with ProgressBar("scoring test words", 400, console=console) as bar:
