@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import chex
 
+from experiments.checkpoints.checkpoint import state_sha256
 from experiments.errors import UserError
 from experiments.training.checkpointer import Batches
-from experiments.training.recorder import Recorder, begin_sitting, facts_of
+from experiments.training.recorder import Recorder, begin_sitting
 from experiments.training.run import Run
-from experiments.training.step_monitor import Metrics, Skipped
+from experiments.training.step_monitor import Metrics, Skipped, StepMonitor
 from experiments.training.stopping import StopSignal
 from tfm.training import Batch, TrainState
 
@@ -34,7 +35,9 @@ class Outcome(NamedTuple):
 
     state: TrainState
     facts: dict[str, Any]
-    """As `facts_of` returns them."""
+    """`steps`; `stopped_early`, whether patience ended it; `batches` drawn; `train_seconds` of all
+    sittings; `state_sha256` of parameters, moments and the batches' position; `resumed_from`, the
+    step that each sitting but the first began at."""
 
 
 def train(run: Run, learner: Learner, batches: Batches, stop: StopSignal) -> Outcome:
@@ -84,6 +87,18 @@ def train(run: Run, learner: Learner, batches: Batches, stop: StopSignal) -> Out
                 f"loss: {config.patience}"
             )
     return Outcome(state, facts_of(run, state, monitor, batches))
+
+
+def facts_of(run: Run, state: TrainState, monitor: StepMonitor, batches: Batches) -> dict[str, Any]:
+    """What an `Outcome` says of the training."""
+    return {
+        "steps": monitor.step,
+        "stopped_early": monitor.step < run.config.steps,
+        "batches": monitor.batches_consumed,
+        "train_seconds": monitor.meter.seconds,
+        "state_sha256": state_sha256(run.layout.on_host(state), batches.get_state()),
+        "resumed_from": run.folder.sittings(),
+    }
 
 
 def check_skips(skips: list[Skipped], recorder: Recorder, most: int) -> None:

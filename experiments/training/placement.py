@@ -102,8 +102,8 @@ class Layout:
     def own_rows(self) -> slice:
         """The rows of each batch from the first to the last that this process's devices hold: it
         reads no others."""
-        found = self._batch.addressable_devices_indices_map((self._rows,)).values()
-        spans = [rows.indices(self._rows) for (rows,) in found]
+        indices = self._batch.addressable_devices_indices_map((self._rows,)).values()
+        spans = [rows.indices(self._rows) for (rows,) in indices]
         return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))
 
     def place(self, tree: chex.ArrayTree) -> chex.ArrayTree:
@@ -164,19 +164,19 @@ class Layout:
         return jax.jit(_same, out_shardings=self._everywhere)(x).addressable_data(0)
 
     def agreement(self) -> Callable[[int | None], int | None]:
-        """A function that makes of what each process says one answer for all: the largest number.
+        """A function that makes of each process's number one for all: the largest.
 
         It answers to the call before, so that no process waits for the others; all processes call
         it after each step, and get the same answer after the same one. Alone it answers at once.
         """
         if jax.process_count() == 1:
-            return lambda said: said
+            return lambda number: number
         everyone = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
         largest = jax.jit(jnp.max, out_shardings=self._everywhere)
         under_way: list[jax.Array] = []
 
-        def agree(said: int | None) -> int | None:
-            own = np.full(len(self.mesh.local_devices), said or 0, np.int32)
+        def agree(number: int | None) -> int | None:
+            own = np.full(len(self.mesh.local_devices), number or 0, np.int32)
             shared = jax.make_array_from_process_local_data(everyone, own, (self.mesh.size,))
             under_way.append(largest(shared))
             return int(under_way.pop(0)) or None if len(under_way) > 1 else None

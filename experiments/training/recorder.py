@@ -2,9 +2,8 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from experiments.checkpoints.checkpoint import state_sha256
 from experiments.checkpoints.run_folder import MetricsLog
 from experiments.progress import ProgressBar
 from experiments.training.checkpointer import Batches, Checkpointer
@@ -107,23 +106,6 @@ def begin_sitting(
                 display.say(f"resuming {folder.path} at step {step}")
             yield state, monitor, Recorder(run, monitor, checkpointer, display, log)
             checkpointer.wait()  # while the bar says that it saves
-
-
-def facts_of(run: Run, state: TrainState, monitor: StepMonitor, batches: Batches) -> dict[str, Any]:
-    """What results.json says of the training.
-
-    `steps`; `stopped_early`, whether patience ended it; `batches` drawn; `train_seconds` of all
-    sittings; `state_sha256` of parameters, moments and the batches' position; `resumed_from`, the
-    step that each sitting but the first began at.
-    """
-    return {
-        "steps": monitor.step,
-        "stopped_early": monitor.step < run.config.steps,
-        "batches": monitor.batches_consumed,
-        "train_seconds": monitor.meter.seconds,
-        "state_sha256": state_sha256(run.layout.on_host(state), batches.get_state()),
-        "resumed_from": run.folder.sittings(),
-    }
 
 
 def evaluations_since_the_best(metrics: list[Metrics]) -> int:

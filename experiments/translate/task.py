@@ -132,12 +132,11 @@ class Prepared:
         settings = Settings(**run.identity["settings"])
         model = make_model(config.model, config.functions)
         untrained = Predictor(model, {}, self.source, self.target, settings)
-        begin = None
-        if self.start is not None:
-            begin = fit_vocabulary(self.start.params, config.model)
+        start = self.start
+        initial = None if start is None else fit_vocabulary(start.params, config.model)
         data = TrainingData(batches, self.valid, self.target.bos)
         evaluate = make_evaluate(self.texts, untrained, config.evaluated)
-        params, facts = train_model(run, data, evaluate, begin)
+        params, facts = train_model(run, data, evaluate, initial)
         weights = "of the last step"
         if run.processes.is_first:
             params, weights = chosen_weights(config, run.folder, params)
@@ -209,15 +208,6 @@ def begun_from(config: TranslateConfig, start: Predictor) -> TranslateConfig:
         raise UserError(f"{config.from_run}: {error}") from None
 
 
-def is_finished(config: TranslateConfig, results: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether the results, made with the config `before`, are all that this command could make."""
-    as_far = results.get("steps") == config.steps or (
-        # Its patience ended it, and would again.
-        results.get("asked_steps") == config.steps and before.get("patience") == config.patience
-    )
-    return as_far and before.get("weights") == config.weights
-
-
 @dataclasses.dataclass(frozen=True)
 class TranslateTask:
     """The text of a run, and the model to start from where one is named."""
@@ -229,7 +219,12 @@ class TranslateTask:
     makes = ("vocabulary", "vocabulary.partial", "tokens")
 
     def is_finished(self, results: dict[str, Any], config: dict[str, Any]) -> bool:
-        return is_finished(self.run.config, results, config)
+        wanted = self.run.config
+        as_far = results.get("steps") == wanted.steps or (
+            # Its patience ended it, and would again.
+            results.get("asked_steps") == wanted.steps and config.get("patience") == wanted.patience
+        )
+        return as_far and config.get("weights") == wanted.weights
 
     def prepare(self) -> Prepared:
         """Cleans and encodes the training text, or finds what an earlier sitting made of it."""
@@ -277,6 +272,5 @@ def run(config: TranslateConfig) -> None:
         layout = Layout(config.mesh, model, config.rows, config.accumulation)
         if start is not None:
             inputs["start_sha256"] = state_sha256(without_moments(start.params, 1), None)
-        identity = make_identity(config, inputs, MAY_DIFFER)
-        known = Run(config, identity, layout, processes, inputs)
-        carry_out(TranslateTask(known, texts, start))
+        # What its checkpoints are known by comes with the vocabulary.
+        carry_out(TranslateTask(Run(config, {}, layout, processes, inputs), texts, start))

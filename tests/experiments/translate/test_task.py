@@ -24,7 +24,7 @@ from experiments.translate import texts as translate_texts
 from experiments.translate.config import TranslateConfig, configured
 from experiments.translate.report import report, unpicked
 from experiments.translate.scores import translated
-from experiments.translate.task import begun_from, chosen_weights, is_finished
+from experiments.translate.task import TranslateTask, begun_from, chosen_weights
 from tfm.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -287,13 +287,19 @@ def test_auto_is_decided_once_by_the_devices_and_told(
 
 
 def test_a_run_is_finished_where_the_command_would_change_nothing():
-    config = TranslateConfig(steps=50, patience=2)
     stopped, before = {"steps": 20, "asked_steps": 50}, {"patience": 2, "weights": "best"}
-    assert is_finished(config, stopped, before)
-    assert not is_finished(dataclasses.replace(config, steps=60), stopped, before)
-    assert not is_finished(dataclasses.replace(config, patience=3), stopped, before)
-    assert not is_finished(dataclasses.replace(config, weights="last"), stopped, before)
-    assert is_finished(dataclasses.replace(config, steps=20, patience=3), stopped, before)
+
+    def is_finished(**changes):
+        config = TranslateConfig(**{"steps": 50, "patience": 2} | changes)
+        return TranslateTask(SimpleNamespace(config=config), None, None).is_finished(
+            stopped, before
+        )
+
+    assert is_finished()
+    assert not is_finished(steps=60)
+    assert not is_finished(patience=3)
+    assert not is_finished(weights="last")
+    assert is_finished(steps=20, patience=3)
 
 
 def test_a_run_that_patience_ended_says_what_extends_it(finished, text, tmp_path, capsys):
