@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import jax
+
 from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
 from experiments.checkpoints.trained import check_identity
 from experiments.training.run import Run
@@ -49,7 +51,7 @@ class Checkpointer:
     ) -> tuple[TrainState, dict[str, Any]]:
         """The newest sound state and its notes, with the batches set to its position.
 
-        Where none was ever saved: `state`, and the notes of a beginning.
+        Where none was ever saved: `state`, and the notes of a beginning. Else `state` is deleted.
 
         Raises:
           RunFolderError: the checkpoint belongs to a run with another config or other data.
@@ -65,6 +67,8 @@ class Checkpointer:
             return state, {"seconds": 0.0, "batches": 0, "in_a_row": 0}
         notes = self._newest.notes(step)
         check_identity(self._newest.folder / str(step), notes, self._identity)
+        for array in jax.tree.leaves(state):  # else the devices would hold two states
+            array.delete()
         state = self._newest.restore(step, state)
         self._resume_best(step, say)
         self._batches.set_state(notes["data"])

@@ -73,13 +73,13 @@ def valid_loss(params):
     return {"valid_loss": float(params["w"].sum())}
 
 
-def run(path, step=None, steps=STEPS, identity=None, evaluate=valid_loss, **periods):
+def run(path, step=None, steps=STEPS, identity=None, evaluate=valid_loss, state=None, **periods):
     """Trains as a new process would: everything but the folder is made anew."""
     path.mkdir(exist_ok=True)
     batches = packed_batches(EXAMPLES, rows=4, source_length=5, target_length=7, seed=0)
     periods = {"log_every": 5, "evaluate_every": 5, "save_every": 5} | periods
     with StopSignal() as stop:
-        learner = Learner(fresh_state(), step or Step(), evaluate)
+        learner = Learner(state or fresh_state(), step or Step(), evaluate)
         config = TrainingConfig(run=path, steps=steps, **periods)
         run = Run(config, identity or {"data": "d"}, LAYOUT, Processes())
         return train(run, learner, batches, stop)
@@ -265,6 +265,14 @@ def test_a_crash_goes_on_from_the_newest_checkpoint(tmp_path, whole):
     assert rest.calls == STEPS - 8
     lines = RunFolder(tmp_path).metrics()
     assert [line["step"] for line in lines] == [1, 5, 10, 12]
+
+
+def test_what_is_resumed_stands_in_the_place_of_the_first_state(tmp_path):
+    """Else the devices would hold two states."""
+    begun = [fresh_state(), fresh_state()]
+    for steps, state in zip((5, 10), begun, strict=True):
+        run(tmp_path, steps=steps, state=state)
+    assert [state.params["w"].is_deleted() for state in begun] == [False, True]
 
 
 def test_the_seconds_of_all_sittings_add_up(tmp_path, monkeypatch):
