@@ -14,20 +14,20 @@ from experiments.inference.hypotheses import Hypothesis
 from experiments.inference.search import Group, Rules, decode
 from tfm.decoding import Decoded, length_normalized_score
 
-# Room for a translation: so many times the tokens of its source, and so many more. More would make
+# Room for a target: so many times the tokens of its source, and so many more. More would make
 # every step dearer; where it does not do, there is a second time with twice as much.
 RATIO, CONSTANT = 1.5, 8
 
 Done = Callable[[int], None]
-"""Is told how many more sentences are done."""
+"""Is called with the number of further sources that are done."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A sentence, or a part of one, to be translated."""
+    """A source, or a part of one, to find a target for."""
 
     source: list[int]
-    prefix: list[int]  # the tokens that its translation begins with
+    prefix: list[int]  # the tokens that its target begins with
     place: tuple[int, int]  # its line, and its number in it
 
 
@@ -76,13 +76,13 @@ class Generator:
                         found[i] = hypotheses[: self.n]
                     else:
                         unfinished.append(i)
-                # A sentence in parts is one sentence.
+                # A source in parts is one source.
                 done(sum(i in found and jobs[i].place[1] == 0 for i in members))
             waiting, times = unfinished, 2 * times
         return [found[i] for i in range(len(jobs))]
 
     def _room(self, jobs: Sequence[Job], width: int, times: int) -> int:
-        """Tokens that the translations of sentences of `width` tokens have room for."""
+        """Tokens that the targets of sources of `width` tokens have room for."""
         forced = up_to_16(max(len(job.prefix) for job in jobs), self.target_length)
         return min(times * (int(RATIO * width) + CONSTANT) + forced, self.target_length)
 

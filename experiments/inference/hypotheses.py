@@ -1,4 +1,4 @@
-"""What a translation model says: hypotheses, and what it thinks of given translations."""
+"""What a model answers: hypotheses, and how likely it finds given targets."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """A translation. Of a sentence translated in parts, `parts` are theirs, in order."""
+    """A target that a model makes of a source. Of a source in parts, `parts` are theirs."""
 
     text: str
     ids: tuple[int, ...]
@@ -24,7 +24,7 @@ class Hypothesis:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A given translation, as the model finds it."""
+    """A given target, with its probabilities."""
 
     ids: tuple[int, ...]
     """Its tokens, the end symbol included."""
@@ -38,7 +38,7 @@ class Scored:
 
 
 def joined(parts: Sequence[Hypothesis]) -> Hypothesis:
-    """The translation of a sentence out of those of its parts."""
+    """The target of a source out of those of its parts."""
     if len(parts) == 1:
         return parts[0]
     return Hypothesis(
@@ -52,7 +52,7 @@ def joined(parts: Sequence[Hypothesis]) -> Hypothesis:
 
 
 def best_of_parts(found: Sequence[list[Hypothesis]], n: int) -> list[Hypothesis]:
-    """The n best translations of a sentence, each part's in any rank, by the sum of the scores."""
+    """The n best targets of a source, each part's in any rank, by the sum of the scores."""
     best: list[tuple[float, tuple | None]] = [(0.0, None)]  # (score, (what came before, the last))
     for hypotheses in found:
         longer = [(score + h.score, (before, h)) for score, before in best for h in hypotheses]

@@ -1,4 +1,4 @@
-"""Given pairs of a sentence and its translation: their log-probabilities, their alignment."""
+"""Given pairs of a source and a target: their log-probabilities, their alignment."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from experiments.inference.hypotheses import Scored
 from experiments.inference.search import Group, Rules, attended, log_probs
 
 Pair = tuple[list[int], list[int]]
-"""The ids of a sentence and of its translation."""
+"""The ids of a source and of a target."""
 
 
 def _arrays(
@@ -34,7 +34,7 @@ def score(
     groups: tuple[Group, ...], rules: Rules, pairs: Sequence[Pair], limits: tuple[int, int],
     batching: Batching, done: Done,
 ) -> list[Scored]:  # fmt: skip
-    """ln P of each token of each pair's translation."""
+    """ln P of each token of each pair's target."""
     scored = {}
     for batch, (source, target), (_, lengths) in _arrays(pairs, limits, batching):
         found = np.asarray(log_probs(groups, source, target, lengths, rules=rules))
@@ -49,7 +49,7 @@ def align(
     groups: tuple[Group, ...], rules: Rules, pairs: Sequence[Pair], limits: tuple[int, int],
     batching: Batching,
 ) -> list[list[int]]:  # fmt: skip
-    """The source position that each token of each pair's translation comes from."""
+    """The source position that each token of each pair's target comes from."""
     places = {}
     for batch, arrays, lengths in _arrays(pairs, limits, batching):
         found = np.asarray(attended(groups, *arrays, *lengths, rules=rules))
@@ -58,7 +58,7 @@ def align(
 
 
 def numbered_through(parts: Sequence[tuple[Pair, list[int]]], eos: int) -> list[tuple[int, int]]:
-    """The links (source piece, target piece) of a sentence of which each part is given as its
+    """The links (source piece, target piece) of a source of which each part is given as its
     pair and `align`'s places; end symbols are no pieces."""
     links, before = [], (0, 0)
     for (source, target), places in parts:
