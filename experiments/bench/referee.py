@@ -133,7 +133,7 @@ def wants_more(pairs: list[dict[str, Any]], wanted: int) -> bool:
 def record(
     work: Workload, peer: str, pairs: list[dict[str, Any]], limits: Limits
 ) -> dict[str, Any]:
-    """One row: medians of seconds and of the pairs' ratios with their 95 % interval; the ratio at the
+    """One row: medians of seconds and of the pairs' ratios, with a 95 % interval; the ratio at the
     machine's limits, and the reached share of them."""
     ratios = _ratios(pairs)
     low, high = interval(ratios)
