@@ -1,4 +1,4 @@
-"""What a user can mend, and what a process that an error ends leaves with."""
+"""Errors that a user can correct, and exit codes."""
 
 import importlib.metadata
 
@@ -11,17 +11,17 @@ EXTRAS = {
     **dict.fromkeys(("ctranslate2", "huggingface_hub", "torch", "transformers"), "interop"),
     **dict.fromkeys(("IPython", "jupytext", "nbclient", "nbformat"), "notebooks"),
 }
-"""The module of a package -> the extra of setup.cfg that brings it."""
+"""module -> the extra of setup.cfg that installs it."""
 
 
 class UserError(ValueError):
-    """A mistake in what was asked or given, told in one line that is ready to print."""
+    """A user's mistake, with a message of one line that is ready to print."""
 
 
 def install(extra: str) -> str:
-    """The command that brings an extra.
+    """The command that installs an extra.
 
-    In a checkout that is not installed it names the folder, as an index may have another `tfm`.
+    In a checkout that is not installed it names the folder, as the index may have another `tfm`.
     """
     try:
         importlib.metadata.distribution("tfm")
@@ -31,19 +31,19 @@ def install(extra: str) -> str:
 
 
 def not_installed(module: str) -> str:
-    """What to say where a module of `EXTRAS` is missing."""
+    """The message for a missing module of `EXTRAS`."""
     return f"{module} is not installed: {install(EXTRAS[module])}"
 
 
 def told_in_one_line() -> tuple[type[Exception], ...]:
-    """The errors that a user can mend; imported only when there is one, since that takes long."""
+    """The errors that are printed in one line; imported late, since the import is slow."""
     from experiments.checkpoints.checkpoint import CheckpointError
 
     return UserError, CheckpointError
 
 
 def exit_code(error: BaseException) -> int:
-    """What a process that `error` ends leaves with."""
+    """The exit code of a process that `error` ends."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):

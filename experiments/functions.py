@@ -1,4 +1,4 @@
-"""--functions FILE:NAME: a user's own functions and modules in the place of the model's."""
+"""--functions FILE:NAME: a user's functions and modules that replace the model's."""
 
 import contextlib
 import functools
@@ -21,15 +21,15 @@ from tfm.model import Transformer
 from tfm.training import param_shapes
 
 COPY = "functions.py"
-"""In the folder of a run: the file that it was trained with."""
+"""Name of the copy of the file in a run folder."""
 
 
 class FunctionsError(UserError):
-    """Why a file's functions cannot stand in the place of the model's."""
+    """A file's functions cannot replace the model's; the message says why."""
 
 
 class Loaded(NamedTuple):
-    """What a file gave, and what it is known by."""
+    """The functions of a file, and its identity."""
 
     functions: Functions
     name: str
@@ -40,7 +40,7 @@ class Loaded(NamedTuple):
         return hashlib.sha256(self.source).hexdigest()
 
 
-@functools.cache  # so that all of a run has the same objects, whatever becomes of the file
+@functools.cache  # so that a run keeps its objects if the file changes
 def load_functions(given: str) -> Loaded:
     """The `tfm.Functions` that FILE:NAME names. The file is run as a module of its own.
 
@@ -70,7 +70,7 @@ def load_functions(given: str) -> Loaded:
 
 @contextlib.contextmanager
 def _without_files_beside() -> Iterator[None]:
-    """Takes the working folder from where Python looks for modules: their SHA-256 is not kept."""
+    """Removes the working folder from sys.path, since the SHA-256 of modules there is not kept."""
     before, here = sys.path, os.path.realpath(".")
     sys.path = [place for place in before if os.path.realpath(place) != here]
     try:
@@ -109,7 +109,7 @@ def make_model(config: TransformerConfig, functions: str | None) -> Transformer:
 
 
 def identity_of(functions: str | None) -> dict[str, Any]:
-    """What config.json says of FILE:NAME: the name, and the SHA-256 of the file."""
+    """The entry of FILE:NAME in config.json: its name, and the SHA-256 of the file."""
     if functions is None:
         return {}
     loaded = load_functions(functions)
@@ -143,6 +143,6 @@ def check_folder(folder: RunFolder, functions: str | None) -> None:
 
 
 def keep_copy(place: Path, functions: str | None) -> None:
-    """Copies the file of FILE:NAME into a run's folder, to be read: it is never run from there."""
+    """Copies the file of FILE:NAME into a run folder, for readers; it is never run from there."""
     if functions is not None:
         write_durably(place / COPY, load_functions(functions).source)

@@ -1,4 +1,4 @@
-"""How far a thing is that lasts: one bar for all of them."""
+"""The progress bar of all long-running work."""
 
 import sys
 import time
@@ -13,12 +13,12 @@ GAP = "  "
 
 
 class ProgressBar:
-    """What goes on, how much of it is done, and what remains: a bar on a terminal, a line now and
-    then elsewhere; all on standard error. Use it as a context manager.
+    """Progress and remaining time on standard error: a bar on a terminal, else a line now and then.
+    Use as a context manager.
 
-    The remaining time goes by the steps after the first, which may compile; until there is one,
-    none is told. The bar is full only once the context is left: while something follows the last
-    step it moves without an end, and `now` names what follows.
+    The remaining time is estimated from the steps after the first, which may compile, and is shown
+    from the second step on. The bar is full only when the context is left: work after the last step
+    shows as a bar without an end, named by `now`.
     """
 
     SECONDS_BETWEEN_LINES = 30
@@ -38,11 +38,11 @@ class ProgressBar:
     ) -> None:
         """
         Args:
-          what: goes on, as one says it: "scoring test words".
-          total: the number of steps; None: nobody knows.
-          done: the steps of an earlier sitting.
-          silent: shows and says nothing: of several processes one speaks.
-          counted: False leaves M/N out, where a step is nothing that a person counts.
+          what: the work, such as "scoring test words".
+          total: the number of steps. None: unknown.
+          done: steps that were done before, such as those of a resumed run.
+          silent: prints nothing, for all but one of several processes.
+          counted: False hides M/N, where a step is not a unit that means something to the user.
           first_counts: the first step takes no longer than the others.
         """
         self._what = self._doing = what
@@ -54,7 +54,7 @@ class ProgressBar:
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
         if not silent and self._console.is_terminal and not self._console.is_dumb_terminal:
-            # A print goes above the bar, unless it is a result on its way into a file.
+            # A print goes above the bar, unless standard output goes to a file.
             to_terminal = sys.stdout.isatty()
             self._live = Live(self, console=self._console, redirect_stdout=to_terminal)
 
@@ -73,26 +73,25 @@ class ProgressBar:
         self.reached(self._done + count)
 
     def reached(self, done: float) -> None:
-        """So many steps are done in all. Costs microseconds, so it may be called at every step."""
+        """Sets the number of steps done. It costs microseconds, so every step may call it."""
         self._doing = self._what
         if moved := done != self._done:
             self._done, self._reached = done, time.monotonic()
             self._pace_from = self._pace_from or (self._reached, done)
-        if not self._status:  # else a line comes with the next figures
+        if not self._status:  # else the line is printed with the next status
             self._log(at_once=moved and self._complete and self._has_spoken)
 
     def update(self, status: str) -> None:
-        """Shows how it goes: a few figures."""
+        """Shows a status, such as the loss."""
         first, self._status = not self._status, status
         self._log(at_once=first or self._complete)
 
     def now(self, doing: str) -> None:
-        """Names what is done before the first step, between two, or after the last; a next step
-        takes it back."""
+        """Names work between the steps, or before or after them; the next step clears it."""
         self._doing = doing
 
     def say(self, line: str) -> None:
-        """A line that stays, above the bar."""
+        """Prints a permanent line above the bar."""
         if not self._silent:
             self._console.print(Text(line), soft_wrap=True)
 
@@ -118,18 +117,18 @@ class ProgressBar:
         return [elapsed] if remaining is None else [elapsed, f"remaining {_clock(remaining)}"]
 
     def _remaining(self) -> float | None:
-        """Seconds; None where they are unknown, and where no step remains."""
+        """The remaining seconds; None where they are unknown or no step remains."""
         if self._total is None or self._complete or self._pace_from is None:
             return None
         begun, first = self._pace_from
         if self._done <= first:
             return None
-        # An evaluation counts while it lasts: there will be more of them.
+        # The time of a running evaluation counts, since there will be more evaluations.
         until = self._reached if self._doing == self._what else time.monotonic()
         return (until - begun) / (self._done - first) * (self._total - self._done)
 
     def __rich__(self) -> RenderableType:
-        """A row; in a narrow terminal the status has one of its own."""
+        """One row; two in a narrow terminal, with the status in the second."""
         width, times = self._console.width, self._times()
         if self._open and self._total is not None and not self._complete and len(times) == 1:
             times.append("remaining –")
@@ -146,7 +145,7 @@ class ProgressBar:
 
     def _bar(self, width: int) -> Bar:
         endless = self._open and (self._total is None or self._complete)
-        # A closed bar without a total is full: what there was is done.
+        # A closed bar without a total is shown full.
         total = self._done or 1 if self._total is None else self._total
         done = total if self._total is None else self._done
         return Bar(total=total, completed=done, width=width, pulse=endless)

@@ -1,4 +1,4 @@
-"""The former place of `experiments.inference.saved.load`, and what it gave, for this release."""
+"""The former module of `load`, with its former result types; kept for this release."""
 
 import dataclasses
 import warnings

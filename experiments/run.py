@@ -20,7 +20,7 @@ from experiments.streams import Talk
 
 
 class Command(NamedTuple):
-    """One of the commands; what is named in it as MODULE:NAME is imported when it is asked for."""
+    """A command; its MODULE:NAME entries are imported when the command is called."""
 
     about: str
     config: str
@@ -28,17 +28,17 @@ class Command(NamedTuple):
     run: str
     """The function that takes one."""
     default: Callable[[list[str]], Any] | None = None
-    """The config that the flags start from, by those that choose a preset; None: the dataclass."""
+    """Makes the default config from the flags that choose a preset. None: the dataclass."""
     positional: bool = False
-    """Whether its fields are given by their place, without flags."""
+    """Whether its fields are positional arguments."""
     device_per_core: bool = False
-    """Whether JAX is to have each core of the CPU as a device, for trainings side by side."""
+    """Whether each CPU core is a JAX device, to run trainings in parallel."""
     instead: "dict[str, Command]" = {}
-    """By a flag: the command that runs in the place of this one, with flags of its own."""
+    """flag -> the command that runs in the place of this one, with its own flags."""
 
 
 def _chosen(arguments: list[str], **choices: Sequence[str]) -> dict[str, str]:
-    """The values of flags that choose the defaults of the others; the first is that of none."""
+    """The values of the flags that choose defaults; each flag's first choice is its default."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, values in choices.items():
         parser.add_argument(f"--{name}", choices=values, default=values[0])
@@ -152,11 +152,11 @@ def usage() -> str:
 
 
 def _current_flags(name: str, arguments: list[str]) -> list[str]:
-    """The flags as the dataclasses have them; one of a former name is told on standard error."""
+    """Renames former flags to those of the dataclasses, with a note on standard error."""
     if name in ("pronounce", "translate"):
         flags = "coordinator|process-id|num-processes|(connect|heartbeat|stall)-timeout"
         arguments = [re.sub(rf"^--({flags})(?==|$)", r"--cluster.\1", a) for a in arguments]
-    if name == "translate":  # "from" is a word of Python's, and cannot be a field
+    if name == "translate":  # "from" is a Python keyword, and cannot be a field
         arguments = [re.sub(r"^--from(?==|$)", "--from-run", a) for a in arguments]
     current = []
     for argument in arguments:
@@ -171,16 +171,16 @@ def _current_flags(name: str, arguments: list[str]) -> list[str]:
 
 
 def _join_help_lines(config: type) -> None:
-    """Gives tyro the docstring of each field in one line: else it keeps the source's breaks."""
+    """Gives tyro each field's docstring as one line, without the line breaks of the source."""
     import docstring_parser
 
-    told: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for cls in config.__mro__[:-1]:
         described = docstring_parser.parse_from_object(cls).params
-        told = {p.arg_name: " ".join((p.description or "").split()) for p in described} | told
+        docs = {p.arg_name: " ".join((p.description or "").split()) for p in described} | docs
     types = get_type_hints(config)
     for field in dataclasses.fields(config):
-        field.metadata = MappingProxyType({"help": told.get(field.name)} | dict(field.metadata))
+        field.metadata = MappingProxyType({"help": docs.get(field.name)} | dict(field.metadata))
         for kind in (types[field.name], *get_args(types[field.name])):
             if dataclasses.is_dataclass(kind):
                 _join_help_lines(kind)
@@ -188,17 +188,17 @@ def _join_help_lines(config: type) -> None:
 
 @contextlib.contextmanager
 def _lines_that_fit() -> Iterator[None]:
-    """Breaks what is printed between words: tyro breaks the lines of flags, and no others."""
+    """Wraps printed lines between words, since tyro wraps only the lines of flags."""
     from rich.console import Console
     from rich.text import Text
 
-    told = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    buffer = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
     try:
-        with contextlib.redirect_stdout(told):
+        with contextlib.redirect_stdout(buffer):
             yield
     finally:
-        told.seek(0)
-        Console().print(Text.from_ansi(told.read()))
+        buffer.seek(0)
+        Console().print(Text.from_ansi(buffer.read()))
 
 
 def call(name: str, arguments: list[str]) -> None:
@@ -224,17 +224,17 @@ def call(name: str, arguments: list[str]) -> None:
 
 
 def use_huge_pages() -> None:
-    """On Linux, starts this process anew with glibc's malloc on huge pages, as `cli` explains."""
+    """On Linux, restarts this process with glibc's malloc on huge pages: see `cli`."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def hide_echoes() -> None:
-    """Keeps what a failed save sets off apart from its own one line.
+    """Hides further output after a failed save, whose error is already one line.
 
-    Orbax logs the error that it raises, and leaves other writes unawaited. Tensorstore reports
-    every array to Orbax's event loop, closed by then, and prints a traceback for each.
+    Orbax logs the error that it raises, and does not await the other writes. Tensorstore then
+    prints a traceback for every array, since Orbax's event loop is closed.
     """
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     for logger in ("absl", "asyncio"):
@@ -249,7 +249,7 @@ def hide_echoes() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs one command; what a user can mend is told in one line, with exit code 2."""
+    """Runs one command; a user's mistake ends in one line and exit code 2."""
     if arguments[:1] in (["--help"], ["-h"], ["help"]):
         print(usage())
         return
@@ -278,16 +278,16 @@ def main(arguments: list[str]) -> None:
 
 
 def cli() -> None:
-    """The whole process of `tfm`, and of `python -m experiments.run`: `main` and what it needs.
+    """The entry point of `tfm` and of `python -m experiments.run`: process settings, then `main`.
 
-    The process is replaced by one of the same words (`os.execv`), since XLA allocates the buffers
-    of a step anew at each step. On pages of 4 kB the kernel hands out tens of thousands of them
-    every time, which takes a tenth to a sixth of the training on a CPU. glibc reads the setting of
-    its malloc only where a process begins; other C libraries ignore it.
+    The process restarts itself (`os.execv`) to use huge pages. XLA allocates the buffers of a step
+    at each step. With pages of 4 kB the kernel maps tens of thousands of them every time, which
+    takes a tenth to a sixth of a training on a CPU. glibc reads the setting of malloc only at the
+    start of a process; other C libraries ignore it.
 
-    Hooks that belong to the process are replaced here and not in `main`, which others may call:
-    output whose reader has left does not end a training (`Talk`), a failed save is told in its own
-    line alone (`hide_echoes`), and SIGTERM leaves as Ctrl-C does, after a training has saved.
+    Settings of the process are made here and not in `main`, which other code may call: a closed
+    output pipe does not end a training (`Talk`), a failed save prints one line (`hide_echoes`), and
+    SIGTERM acts like Ctrl-C, after a training has saved.
     """
     use_huge_pages()
     sys.stdout, sys.stderr = Talk(sys.stdout), Talk(sys.stderr)

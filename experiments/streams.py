@@ -1,4 +1,4 @@
-"""Standard output and error whose reader may leave in the middle."""
+"""Standard output and error whose reader may close the pipe early."""
 
 import contextlib
 import os
@@ -10,15 +10,14 @@ from experiments.errors import UserError
 
 
 def discard_further(stream: TextIO) -> None:
-    """Lets all that is still written to a stream vanish, what it holds back included."""
+    """Discards all further output of a stream, its buffer included."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Talk:
-    """A text stream that never fails: where its reader has left, nobody is told any more.
+    """A text stream that never fails: once its reader has gone, output is discarded.
 
-    A training is not to end, nor to lose its results, because the terminal or the log that it
-    speaks to is gone.
+    A training must not end or lose its results because its terminal or log is gone.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -43,9 +42,9 @@ class Talk:
 
 @contextlib.contextmanager
 def to_reader() -> Iterator[None]:
-    """For writing results to standard output: leaves quietly where the reader has left (`| head`).
+    """For writing results to standard output: exits quietly if the reader has gone (`| head`).
 
-    Raises UserError for what else the system refuses, a full disk for one.
+    Raises UserError for other errors of the system, such as a full disk.
     """
     try:
         yield

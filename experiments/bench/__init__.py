@@ -1,1 +1,1 @@
-"""How fast this is beside what people use: the same work, in turn, in fresh processes."""
+"""Benchmarks against other libraries: the same work, alternating, in fresh processes."""

@@ -1,4 +1,4 @@
-"""Who competes: this library, and the peers that are installed."""
+"""The contenders: this library, and the installed peers."""
 
 import importlib
 import importlib.metadata
@@ -27,7 +27,7 @@ _MODULES = {
 
 
 class Contender(NamedTuple):
-    """One way to do a workload."""
+    """A library's implementation of a workload."""
 
     run: Callable[[], object]
     """Does the work once, and returns when it is done: of a `Stream` the number of real tokens."""
@@ -46,6 +46,6 @@ def version(name: str) -> str:
 
 
 def build(name: str, work: Workload, weights: Path) -> Contender:
-    """The contender of that name, its parameters those of the file `weights`."""
+    """Builds the contender of that name, with the parameters of the file `weights`."""
     module = importlib.import_module(f"experiments.bench.{_MODULES[name][0]}")
     return module.build(name, work, weights)

@@ -1,4 +1,4 @@
-"""The scaling law of cost: a training step by its width, depth, length and batch."""
+"""The cost command: a law for time and memory of a step by width, depth, length and batch."""
 
 import dataclasses
 import statistics
@@ -70,7 +70,7 @@ class Point:
 
     @property
     def tokens(self) -> int:
-        """Real tokens of a step, of source and target together; there is no padding."""
+        """Tokens of a step, source and target; there is no padding."""
         return 2 * self.rows * self.length
 
     @property
@@ -84,7 +84,7 @@ CHECK = Point(width=256, depth=3, length=96, rows=8)
 
 
 def points() -> list[Point]:
-    """Every step that is measured, each once; `CHECK` last."""
+    """All steps to measure, each once; `CHECK` last."""
     varied = [
         dataclasses.replace(Point(), **{field: value})
         for field, values in FACTORS.values()
@@ -94,7 +94,7 @@ def points() -> list[Point]:
 
 
 def time_terms(point: Point) -> dict[str, float]:
-    """What the seconds a token are a sum of, each with a price of its own."""
+    """The terms of the law for seconds per token; each gets a fitted price."""
     c, length, tokens = point.config, point.length, point.tokens
     each = 3 * point.rows / tokens  # the backward pass has two products for each of the forward
     attention = each * attention_flops(c, length, length)
@@ -109,7 +109,7 @@ def time_terms(point: Point) -> dict[str, float]:
 
 
 def memory_terms(point: Point) -> dict[str, float]:
-    """What the bytes a token are a sum of."""
+    """The terms of the law for bytes per token."""
     c = point.config
     return {
         "parameters, of a step": c.parameter_count() / point.tokens,
@@ -131,7 +131,7 @@ class Law(NamedTuple):
 
 
 def fit(terms: list[dict[str, float]], values: list[float]) -> Law:
-    """The prices, none negative, whose relative errors have the least sum of squares."""
+    """Fits non-negative prices by least squares of the relative errors."""
     rows = np.array([list(t.values()) for t in terms]) / np.array(values)[:, None]
     sizes = rows.max(0)  # terms are of very different sizes
     prices, _ = nnls(rows / sizes, np.ones(len(rows)))
@@ -140,7 +140,7 @@ def fit(terms: list[dict[str, float]], values: list[float]) -> Law:
 
 
 def measure(point: Point, least_seconds: float) -> dict[str, float]:
-    """Median seconds of a step, and the bytes that it needs by the compiler's account."""
+    """The median seconds of a step, and its bytes according to the compiler."""
     model, optimizer = Transformer(point.config), make_optimizer(lambda step: 1e-4, 1.0)
     ids = jax.random.randint(jax.random.key(0), (point.rows, point.length), 3, VOCABULARY)
     ones, positions = jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(point.length), ids.shape)
@@ -167,7 +167,7 @@ Measured = dict[Point, dict[str, float]]
 
 
 def summary(measured: Measured) -> dict[str, Any]:
-    """The laws of time and memory, how well they fit, what they say of `CHECK`, and the curves."""
+    """The laws of time and memory, their fit, their prediction of `CHECK`, and the curves."""
     fitted = [p for p in measured if p != CHECK]
     about: dict[str, Any] = {}
     curves: dict[str, dict[str, list[float]]] = {}
@@ -191,13 +191,13 @@ def summary(measured: Measured) -> dict[str, Any]:
 
 
 def exponent(factor: Sequence[float], cost: Sequence[float]) -> float:
-    """The slope of log(cost) against log(factor) between the two largest factors: 0 where a token
-    costs no more, 1 where it costs in proportion."""
+    """The slope of log(cost per token) against log(factor) between the two largest factors:
+    0 is a constant cost, 1 a proportional one."""
     return float(np.log(cost[-1] / cost[-2]) / np.log(factor[-1] / factor[-2]))
 
 
 def prices(about: dict[str, Any]) -> Table:
-    """The prices for a person to read."""
+    """A table of the prices."""
     shown = table("What a real token costs in a training step", ["of"], ["time", "memory"])
     for name in dict.fromkeys([*about["seconds"]["prices"], *about["bytes"]["prices"]]):
         seconds, size = (about[key]["prices"].get(name) for key in ("seconds", "bytes"))
@@ -216,7 +216,7 @@ def prices(about: dict[str, Any]) -> Table:
 
 
 def run(config: CostConfig) -> None:
-    """Measures what is not measured yet, fits, and draws."""
+    """Measures the missing points, fits the laws, and draws them."""
     folder = RunFolder(config.run)
     with folder.claim(plain(config), {"run"}):
         kept = Kept(config.run / "points.jsonl")

@@ -1,4 +1,4 @@
-"""CTranslate2's decoder, with the same parameters in a model folder of its own form."""
+"""CTranslate2's decoder, with the same parameters exported to its format."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""The benchmark as a picture: ratios as bars from their least to their largest; laws as lines."""
+"""Figures of the benchmark: ratios as bars with their range, laws of cost as lines."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a workload needs at the least, and how fast this machine can do that.
+"""The least work of a workload, and the peak rates of this machine.
 
 `python -m experiments.bench.limits` measures the machine and prints one line of JSON.
 """
@@ -28,7 +28,7 @@ class Needs(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The best that the machine was seen to do."""
+    """The machine's best measured rates."""
 
     flops: dict[str, float]
     """Operations a second of a large matrix product, by the dtype of its operands."""
@@ -36,7 +36,7 @@ class Limits(NamedTuple):
     """Bytes a second read by a matrix-vector product too large for the caches."""
 
     def seconds(self, work: Workload) -> float:
-        """No less is possible: all products at the peak, or all memory at the bandwidth."""
+        """A lower bound: all products at the peak rate, or all bytes at the bandwidth."""
         needs = least_work(work)
         return max(needs.flops / self.flops[work.dtype], needs.bytes / self.bandwidth)
 
@@ -103,7 +103,7 @@ def read_bandwidth(megabytes: int = 1024) -> float:
 
 
 def measure() -> Limits:
-    """The limits of this machine; nothing else should run beside."""
+    """Measures the limits of this machine, which should be idle."""
     flops = {dtype: peak_flops(dtype) for dtype in ("float32", "bfloat16", "int8")}
     # The operands are rounded at once where the processor gains nothing by it.
     flops["bfloat16"] = max(flops["bfloat16"], flops["float32"])

@@ -1,4 +1,4 @@
-"""This library's way to do each workload."""
+"""This library's implementation of each workload."""
 
 import itertools
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def build(name: str, work: Workload, weights: Path) -> Contender:
 
 
 def _batches(work: Training | Stream) -> Iterator[dict[str, np.ndarray]]:
-    """What is trained on; of a `Stream` the first holds just what is checked."""
+    """The training batches; the first one of a `Stream` has just the checked examples."""
     if isinstance(work, Stream):
         made, lengths = examples(work), {"source_length": work.source, "target_length": work.target}
         yield packed_rows(made[:CHECKED], **lengths)
@@ -56,7 +56,7 @@ def _batches(work: Training | Stream) -> Iterator[dict[str, np.ndarray]]:
 
 
 def make_weights(work: Workload, path: Path) -> None:
-    """Writes the parameters that every contender starts from; of attention there are none."""
+    """Writes the initial parameters of every contender; attention has none."""
     if isinstance(work, Attention):
         return
     params = init_params(Transformer(work.config), jax.random.PRNGKey(0))
@@ -66,17 +66,17 @@ def make_weights(work: Workload, path: Path) -> None:
 
 
 def _with_an_end(work: Decoding, params: dict) -> np.ndarray:
-    """The embedding with an end symbol that wins from a length of each source's own on.
+    """The embedding with an end symbol that is the likeliest from a chosen length of each source.
 
-    Random parameters never end. Its row is what, by least squares, makes its logit `margin` less
-    than the best one before that length, and as much more from then on.
+    With random parameters no hypothesis would end. Least squares gives the end symbol's row so that
+    its logit is `margin` below the best one before that length, and `margin` above it afterwards.
     """
     model, margin = Transformer(work.config), 3.0
     source, _ = tokens(work)
     step, cache = start_decoding(model, params, jnp.int32(source), 1, work.target)
     never = work.config.vocab_size
-    found = jax.jit(partial(greedy, step, bos=BOS, eos=never, max_length=work.target))(cache)
-    inputs = shift_right(found.tokens[:, 0], BOS)
+    decoded = jax.jit(partial(greedy, step, bos=BOS, eos=never, max_length=work.target))(cache)
+    inputs = shift_right(decoded.tokens[:, 0], BOS)
     y = model.apply({"params": params}, source, inputs, return_features=True)
     table = np.array(params["embedding"])
     best = np.asarray(y @ table.T).max(-1)
@@ -140,7 +140,7 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def attention_contender(work: Attention, attend, layout: str = "BHLD") -> Contender:
-    """Of a function of JAX that takes query, key and value in that layout."""
+    """A contender from a JAX function of query, key and value in the given layout."""
     inputs = [jnp.asarray(x) for x in attention_inputs(work, layout)]
     forward = jax.jit(attend)
     both = jax.jit(jax.grad(lambda *x: (attend(*x) ** 2).sum(), argnums=(0, 1, 2)))

@@ -1,4 +1,4 @@
-"""The referee: ours and a peer in turn, in fresh processes; ratios, a table and a picture."""
+"""The bench command: times this library and its peers in turn, in fresh processes."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ _KEPT = ("seconds", "first_seconds", "peak_bytes")
 
 
 class BenchError(UserError):
-    """Why something cannot be timed as asked."""
+    """Something cannot be timed as asked; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _begins(known: str, name: str) -> bool:
 
 
 def _call(work: Workload, name: str, weights: Path, *more: str) -> str:
-    """What a worker prints; BenchError with its last line where it fails."""
+    """Runs a worker and returns what it prints; BenchError with its last line where it fails."""
     command = [sys.executable, "-m", "experiments.bench.worker", work.id, name, str(weights), *more]
     # A check may compile what is timed, whose first run has to.
     environment = os.environ | compiled_in(weights.parent / ("check" if more else "timed"))
@@ -86,8 +86,8 @@ def _call(work: Workload, name: str, weights: Path, *more: str) -> str:
 
 
 def compiled_in(folder: Path) -> dict[str, str]:
-    """Where JAX and PyTorch keep what they compile: each process of a workload but the first of its
-    kind reads it there, and what an earlier call compiled is not known."""
+    """The compilation cache of JAX and PyTorch: a contender's first process fills it and its later
+    ones read it. It does not outlast the call."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -120,8 +120,8 @@ def _ratios(pairs: list[dict[str, Any]]) -> list[float]:
 
 
 def wants_more(pairs: list[dict[str, Any]], wanted: int) -> bool:
-    """Whether a row has too few pairs: fewer than wanted, or up to three times as many where it is
-    short and its interval wide."""
+    """Whether a row needs more pairs: up to `wanted`, or three times as many where its runs are
+    short and its interval is wide."""
     if len(pairs) < wanted:
         return True
     low, high = interval(_ratios(pairs))
@@ -133,8 +133,8 @@ def wants_more(pairs: list[dict[str, Any]], wanted: int) -> bool:
 def record(
     work: Workload, peer: str, pairs: list[dict[str, Any]], limits: Limits
 ) -> dict[str, Any]:
-    """One row: medians of seconds and of the pairs' ratios, their 95 % interval; the ratio at which
-    this machine's limits would be reached, and the share of them that is."""
+    """One row: medians of seconds and of the pairs' ratios, with a 95 % interval; the ratio at the
+    machine's limits, and the reached share of them."""
     ratios = _ratios(pairs)
     low, high = interval(ratios)
 
@@ -158,7 +158,7 @@ def record(
 
 
 def tables(records: list[dict[str, Any]]) -> list[Table]:
-    """The records for a person to read: who is faster, and what else was measured."""
+    """Tables of the records: the ratios, then the other measurements."""
     names = ("id", "peer")
     speed = table(
         "Seconds of one run; a ratio above 1: tfm is faster",
@@ -197,7 +197,7 @@ def _timed(work: Workload, name: str, weights: Path) -> dict[str, Any]:
 def _agreeing(
     work: Workload, peers: list[str], weights: Path, folder: Path, bar: ProgressBar
 ) -> dict[str, float]:
-    """Of each peer whose outputs are ours, how far they differ; the others are told."""
+    """The largest difference of each peer whose outputs agree with ours; reports the others."""
     ours, bound, agreeing = _check(work, OURS, weights, folder), AGREE[work.dtype], {}
     for peer in peers:
         try:
@@ -217,15 +217,15 @@ def _key(work: Workload, peer: str) -> dict[str, str]:
 
 
 def _pairs(work: Workload, peers: list[str], kept: Kept) -> dict[str, list[dict[str, Any]]]:
-    """What was timed before, of each peer."""
+    """The finished pairs of each peer."""
     return {peer: kept.of(_key(work, peer)) for peer in peers}
 
 
 def _time_rounds(
     work: Workload, peers: list[str], kept: Kept, wanted: int, bar: ProgressBar
 ) -> dict[str, list[dict[str, Any]]]:
-    """The pairs of each peer, those that are missing timed now: in a round ours runs once, and then
-    each peer that wants another pair."""
+    """The pairs of each peer, after timing the missing ones. In a round ours runs once, then each
+    peer that needs another pair."""
     pairs = _pairs(work, peers, kept)
     missing = [peer for peer in peers if wants_more(pairs[peer], wanted)]
     if not missing:
@@ -255,7 +255,7 @@ def _time_rounds(
 
 
 def _limits(kept: Kept) -> Limits:
-    """The machine's, measured now unless they have been."""
+    """The machine's limits, measured now unless they are in the file."""
     key = {"id": "limits"}
     if not kept.of(key):
         command = [sys.executable, "-m", "experiments.bench.limits"]
@@ -266,7 +266,7 @@ def _limits(kept: Kept) -> Limits:
 
 
 def _time_all(config: BenchConfig, chosen: list[Workload]) -> list[dict[str, Any]]:
-    """The rows of all that is chosen; bench.json is written after each workload."""
+    """Times the chosen workloads; writes bench.json after each."""
     kept, records = Kept(config.run / "pairs.jsonl"), []
     peers = {work.id: [peer for peer in work.peers if installed(peer)] for work in chosen}
     missing = sorted({peer for work in chosen for peer in work.peers if not installed(peer)})

@@ -28,8 +28,8 @@ def build(name: str, work: Workload, weights: Path) -> Contender:
 
 
 class Transformer(nn.Module):
-    """The paper's model from PyTorch's own layers, without what the paper has not: no biases in
-    the attention, no dropout within attention and feed-forward, no final norms."""
+    """The paper's model from PyTorch's layers: without biases in the attention, dropout within
+    attention and feed-forward, and final norms."""
 
     def __init__(self, config: TransformerConfig, length: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def _batches(work: Training | Stream) -> Iterator[Batch]:
-    """What is trained on; of a `Stream` the first holds just what is checked."""
+    """The training batches; the first one of a `Stream` has just the checked examples."""
     if isinstance(work, Stream):
         made = examples(work)
         yield _padded(made[:CHECKED])
@@ -129,8 +129,8 @@ def _batches(work: Training | Stream) -> Iterator[Batch]:
 
 
 def _buckets(made: list[dict[str, Any]], slots: int) -> list[list[dict[str, Any]]]:
-    """Batches of examples of nearly one length, each of at most `slots` with its padding, shuffled:
-    the usual way to have little padding."""
+    """Shuffled batches of examples of similar length, which reduces padding; each has at most
+    `slots` tokens with its padding."""
     batches: list[list[dict[str, Any]]] = [[]]
     for example in sorted(made, key=lambda e: (len(e["source"]), len(e["target"]))):
         longest = max(len(e[side]) for e in (example, *batches[-1][-1:]) for side in e)

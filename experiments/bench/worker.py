@@ -23,14 +23,14 @@ STREAM_SECONDS = 12.0  # batches of a stream differ, so more of them are timed
 
 
 def _seconds(run: Callable[[], object]) -> tuple[float, object]:
-    """How long a run took, and what it returned."""
+    """The seconds of a run, and its result."""
     begin = time.perf_counter()
     done = run()
     return time.perf_counter() - begin, done
 
 
 def measure(work: Workload, contender: Contender) -> dict[str, Any]:
-    """Warms up, then times runs until there are enough."""
+    """Times enough runs, after a warm-up."""
     result: dict[str, Any] = {"first_seconds": _seconds(contender.run)[0]}
     for _ in range(WARM_UP - 1):
         contender.run()

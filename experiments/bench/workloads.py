@@ -1,4 +1,4 @@
-"""What is timed, by id: the same work for every contender, and the ratio that is the goal."""
+"""The workloads by id, the same for every contender, with the target ratios."""
 
 import dataclasses
 
@@ -42,9 +42,9 @@ class Training:
 class Stream:
     """Optimizer steps over examples of real lengths, the input pipeline with them.
 
-    Everyone has the same examples, whose lengths are those of CMUdict's words and pronunciations,
-    and makes batches of about rows × source slots of them in its own way. What is timed is 1,000
-    real tokens, of source and target together.
+    All contenders have the same examples, with the lengths of CMUdict's words and pronunciations.
+    Each makes its own batches of about rows × source slots. The time is per 1,000 real tokens of
+    source and target.
     """
 
     id: str

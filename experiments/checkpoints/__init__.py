@@ -1,1 +1,1 @@
-"""What training writes to disk: checkpoints, the manifests that prove them, parameters alone."""
+"""What training writes to disk: checkpoints with manifests, run folders, exported parameters."""

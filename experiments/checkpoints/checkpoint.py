@@ -29,8 +29,8 @@ class CheckpointError(ValueError):
 
 
 def state_sha256(state: TrainState, position: Any) -> str:
-    """SHA-256 (hex) of a state's every array, by name, type, shape and bytes, and of the data
-    iterator's position (JSON): equal where training would go on the same."""
+    """SHA-256 (hex) of all arrays (name, type, shape, bytes) and of the data iterator's position
+    (JSON). Equal hashes mean that training would continue identically."""
     digest = hashlib.sha256(json.dumps(position, sort_keys=True).encode())
     for name, leaf in _named(_items(state)).items():
         is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
@@ -43,7 +43,7 @@ def state_sha256(state: TrainState, position: Any) -> str:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The parameters apart, so that they can be read without the moments, twice their size."""
+    """Parameters and the rest as separate items: readers of parameters skip the moments."""
     rest = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
     return {"params": state.params, "rest": rest}
 
@@ -58,7 +58,7 @@ def _types(items: dict[str, Any]) -> dict[str, str]:
 
 
 def _random_bits() -> dict[str, Any]:
-    """What else the bits that a key gives depend on."""
+    """The settings of JAX, besides the key, that decide its random bits."""
     return {
         "prng_impl": str(jax.config.jax_default_prng_impl),
         "threefry_partitionable": bool(jax.config.jax_threefry_partitionable),
@@ -66,19 +66,19 @@ def _random_bits() -> dict[str, Any]:
 
 
 def _placed(like: chex.ArrayTree) -> chex.ArrayTree:
-    """Where to restore to: where `like` lies, or this process's first device. Without it Orbax
-    looks for the devices that the saver had."""
+    """The shardings to restore to: those of `like`, else this process's first device. Without them
+    Orbax looks for the devices that saved the checkpoint."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def of(x: Any) -> jax.ShapeDtypeStruct:
+    def as_restored(x: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(x, "sharding", None) or first
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(of, like)
+    return jax.tree.map(as_restored, like)
 
 
 def _reason(error: BaseException) -> str:
-    """An error of the file system in a few words; Orbax's own run over many lines."""
+    """A short reason for an error of the file system; Orbax's messages have many lines."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -86,13 +86,13 @@ def _reason(error: BaseException) -> str:
 
 
 def _remove(path: Path) -> None:
-    """A folder with all in it; of a link, the link alone."""
+    """Deletes a folder and its content; of a link, the link alone."""
     path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 @dataclasses.dataclass
-class _Found:
-    """What a search for the newest sound step met on its way."""
+class _SearchResult:
+    """The journal and the faulty steps that a search for the newest sound step has read."""
 
     journal: dict[int, str]
     journal_is_broken: bool
@@ -107,16 +107,15 @@ class Checkpoints:
     A checkpoint is a training state and a `notes` mapping of JSON values (the data iterator's
     position, say). Saves run in the background, in this order: Orbax writes under a temporary name
     and renames; a manifest with the SHA-256 of every file is written; the step and its manifest's
-    hash go into the journal; older steps go. So a step without a manifest was never finished, and a
-    journalled one whose files are not those of its manifest is damaged. Use as a context manager:
-    leaving it waits for the save under way, and raises what went wrong.
+    hash go into the journal; older steps are removed. So a step without a manifest was never
+    finished, and a journalled step whose files do not match its manifest is damaged. Use as a
+    context manager: leaving it waits for the pending save, and raises its error.
 
-    `read_only` makes no folder and removes nothing, so that a run can be looked at while it trains.
+    `read_only` makes no folder and removes nothing, so that a run can be read while it trains.
 
-    `together`: all processes of `jax.distributed` save and restore as one. All of them call `save`,
-    `notes` and `restore` in the same order; each writes what its devices alone hold, and process 0
-    the manifest and the journal. `newest` and `set_aside` are for process 0. Else one process works
-    alone, whatever the others do.
+    `distributed`: all processes of `jax.distributed` call `save`, `notes` and `restore` in the same
+    order. Each writes the shards of its devices, and process 0 the manifest and the journal;
+    `newest` and `set_aside` are for process 0. Otherwise this process works alone.
     """
 
     def __init__(
@@ -125,10 +124,10 @@ class Checkpoints:
         keep: int = 2,
         *,
         read_only: bool = False,
-        together: bool = False,
+        distributed: bool = False,
     ) -> None:
         self.folder, self._keep, self._read_only = Path(folder).absolute(), keep, read_only
-        self._together = together
+        self._together = distributed
         self._facts: dict[int, dict[str, Any]] = {}  # of the steps verified or saved
         self._under_way: Future | None = None
         self._background: ThreadPoolExecutor | None = None
@@ -153,7 +152,7 @@ class Checkpoints:
             self._orbax.close()
 
     def _processes(self) -> ocp.options.MultiprocessingOptions:
-        """Which processes Orbax waits for."""
+        """The processes that Orbax synchronises."""
         own = jax.process_index()
         if self._together or jax.process_count() == 1:
             return ocp.options.MultiprocessingOptions()
@@ -173,71 +172,73 @@ class Checkpoints:
 
     @property
     def last_saved(self) -> int | None:
-        """The newest step that was found sound or has been saved; None where there is none."""
+        """The newest step that was verified or saved; None where there is none."""
         return max(self._facts, default=None)
 
     def newest(self) -> tuple[int | None, list[str]]:
-        """The newest step whose every file is as it was written, None where none was ever saved;
-        and a line about each thing found that is not so.
+        """The newest sound step (every file as written), and one line for each faulty step.
 
-        Unless read-only, temporary folders left by saves cut short are removed, and steps that are
-        not sound are set aside as `STEP.unfinished` and `STEP.damaged`.
+        The step is None where nothing was ever saved. Unless read-only, temporary folders of
+        interrupted saves are removed, and faulty steps are renamed to `STEP.unfinished` and
+        `STEP.damaged`.
 
         Raises:
-          CheckpointError: all that was saved is damaged, or the disk cannot be read; nothing is
-            touched then. So it is with several unfinished steps and no other: a process cut off
-            leaves one at most.
+          CheckpointError: every step is damaged, or the disk cannot be read; nothing is changed
+            then. Several unfinished steps without a sound one count as damage, since an
+            interrupted process leaves one at most.
         """
         self._refuse_link()
-        step, found = self._search()
-        while self._read_only and found.lines and self._journal()[0] != found.journal:
-            step, found = self._search()  # a trainer let a step go while it was looked at
-        if step is None and (found.damaged or found.journal_is_broken or len(found.unfinished) > 1):
+        step, result = self._search()
+        while self._read_only and result.lines and self._journal()[0] != result.journal:
+            step, result = self._search()  # a trainer removed a step meanwhile
+        if step is None and (
+            result.damaged or result.journal_is_broken or len(result.unfinished) > 1
+        ):
             raise CheckpointError(
-                f"no sound checkpoint is left in {self.folder}: {'; '.join(found.lines)}. "
+                f"no sound checkpoint is left in {self.folder}: {'; '.join(result.lines)}. "
                 "Put back a copy, or begin another run folder"
             )
         if not self._read_only:
             try:
-                self._tidy(step, found)
+                self._tidy(step, result)
             except OSError as error:
                 raise CheckpointError(f"{self.folder}: {_reason(error)}") from None
-        return step, found.lines
+        return step, result.lines
 
-    def _search(self) -> tuple[int | None, _Found]:
+    def _search(self) -> tuple[int | None, _SearchResult]:
         journal, lines = self._journal()
-        found = _Found(journal, bool(lines), lines)
+        result = _SearchResult(journal, bool(lines), lines)
         for step in sorted(self._on_disk() | journal.keys(), reverse=True):
             path = self._path(step)
-            # Looked at first: a trainer may write it while it is read.
+            # Checked before the files: a trainer may write the manifest while they are read.
             begun = (path / manifest.NAME).exists() or path.is_symlink()
             try:
                 self._facts[step] = manifest.verify_manifest(path, journal.get(step))
-                return step, found
+                return step, result
             except (DamagedError, FileNotFoundError) as error:
-                if begun or found.journal_is_broken or step in journal:
-                    found.damaged.append(step)
+                if begun or result.journal_is_broken or step in journal:
+                    result.damaged.append(step)
                     lines.append(f"{path}: damaged, left out: {error}")
                 else:
-                    found.unfinished.append(step)
-                    if not self._read_only:  # else it may be under way, in another process
+                    result.unfinished.append(step)
+                    if not self._read_only:  # read-only, another process may be saving it
                         lines.append(f"{path}: its save was never finished, left out")
             except OSError as error:  # unreadable now is not damaged
                 raise CheckpointError(f"{path}: {_reason(error)}") from None
-        return None, found
+        return None, result
 
-    def _tidy(self, step: int | None, found: _Found) -> None:
-        self._set_aside(found.unfinished, "unfinished")
-        self._set_aside(found.damaged, "damaged")
-        sound = {s: digest for s, digest in found.journal.items() if s not in found.damaged}
-        if step is not None and step not in sound:  # cut off just before it was entered
+    def _tidy(self, step: int | None, result: _SearchResult) -> None:
+        self._set_aside(result.unfinished, "unfinished")
+        self._set_aside(result.damaged, "damaged")
+        sound = {s: digest for s, digest in result.journal.items() if s not in result.damaged}
+        if step is not None and step not in sound:  # interrupted before the journal was written
             sound[step] = manifest.sha256(self._path(step) / manifest.NAME)
-        if sound != found.journal or found.journal_is_broken:
+        if sound != result.journal or result.journal_is_broken:
             self._write_journal(sound)
         self._remove_leftovers()
 
     def set_aside(self, after: int, why: str) -> None:
-        """Renames the steps beyond `after` to `STEP.why`: they are about to be done again.
+        """Renames the steps after step `after` to `STEP.why`, since they will be repeated.
 
         Raises CheckpointError where the folder is a link, or cannot be changed.
         """
@@ -251,12 +252,12 @@ class Checkpoints:
         self._facts = {step: facts for step, facts in self._facts.items() if step <= after}
 
     def save(self, step: int, state: TrainState, notes: Mapping[str, Any]) -> None:
-        """Begins to save; the arrays are copied before it returns, so they may be donated.
+        """Starts a save; the arrays are copied before it returns, so they may be donated.
 
-        A step that is already there is left alone.
+        A step that is already saved stays as it is.
 
         Raises:
-          CheckpointError: this save cannot begin, or the one before it failed.
+          CheckpointError: the save cannot start, or the one before it failed.
         """
         self.wait()
         if step in self._facts:
@@ -283,7 +284,7 @@ class Checkpoints:
         self._facts[step] = facts
 
     def _enter(self, step: int, facts: dict[str, Any]) -> None:
-        """Writes the manifest, enters the step into the journal, and lets older steps go."""
+        """Writes the manifest, adds the step to the journal, and removes older steps."""
         digest = manifest.write_manifest(self._path(step), facts)
         journal, unreadable = self._journal()
         kept = sorted({*journal, step})[-self._keep :]
@@ -296,13 +297,13 @@ class Checkpoints:
         return CheckpointError(f"{self._path(step)}: not saved: {_reason(error)}")
 
     def wait(self) -> None:
-        """Waits for the save under way; raises CheckpointError where it failed."""
+        """Waits for the pending save; raises CheckpointError where it failed."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.result()
 
     def notes(self, step: int) -> dict[str, Any]:
-        """What was noted at `step`; CheckpointError where the step is damaged."""
+        """The notes saved with `step`; CheckpointError where the step is damaged."""
         self._check(step, {})
         return self._read(step, notes=ocp.args.JsonRestore())["notes"]
 
@@ -330,11 +331,11 @@ class Checkpoints:
     def _read(self, step: int, **args: Any) -> Mapping[str, Any]:
         try:
             return self._orbax.restore(self._path(step), args=ocp.args.Composite(**args))
-        except Exception as error:  # verified a moment ago, but a trainer may have let it go since
+        except Exception as error:  # a trainer may have removed it since it was verified
             raise CheckpointError(f"{self._path(step)}: {_reason(error)}") from error
 
     def _check(self, step: int, now: dict[str, Any]) -> None:
-        """Refuses other arrays and another PRNG, since Orbax would cast and cut in silence."""
+        """Refuses other arrays and another PRNG, since Orbax would cast and truncate silently."""
         path = self._path(step)
         if step not in self._facts:
             try:
@@ -385,10 +386,10 @@ class Checkpoints:
         manifest.write_durably(self.folder / JOURNAL, content.encode())
 
     def _set_aside(self, steps: list[int], why: str) -> None:
-        found = [path for path in map(self._path, steps) if os.path.lexists(path)]
-        for older in self.folder.glob(f"*.{why}") if found else ():  # the latest are enough
+        paths = [path for path in map(self._path, steps) if os.path.lexists(path)]
+        for older in self.folder.glob(f"*.{why}") if paths else ():  # only the latest are kept
             _remove(older)
-        for path in found:
+        for path in paths:
             path.rename(path.with_name(f"{path.name}.{why}"))
 
     def _remove_leftovers(self) -> None:

@@ -20,7 +20,7 @@ def differences(
 ) -> list[str]:
     """`field: old -> new` for each field that differs, fields of nested objects as `a.b`.
 
-    defaults: what fields stood at where they are not written: those that came into being since.
+    defaults: the values of fields that an older config does not have yet.
     """
     now = _flat(new)
     since = {name: value for name, value in _flat(defaults or {}).items() if name in now}

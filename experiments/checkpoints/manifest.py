@@ -1,4 +1,4 @@
-"""What a folder must hold, byte for byte: the SHA-256 of each of its files."""
+"""Manifests: the size and SHA-256 of every file in a folder, to detect damage."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ NAME = "manifest.json"
 
 
 class DamagedError(ValueError):
-    """Which files are not what was written, and why."""
+    """A file differs from its manifest; the message says which and how."""
 
 
 def sha256(path: Path) -> str:
@@ -21,7 +21,7 @@ def sha256(path: Path) -> str:
 
 
 def _wait_for_disk(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
+    """Waits until a file or folder is on disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,9 +30,9 @@ def _wait_for_disk(path: Path) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Writes beside `path`, waits for the disk, and renames: the old file or the new, no half."""
+    """Replaces a file atomically: writes a temporary file, waits for the disk, renames."""
     partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # of a process cut off; never written through, if it is a link
+    partial.unlink(missing_ok=True)  # left by an interrupted process; a link is not followed
     try:
         with partial.open("xb") as file:
             file.write(content)
@@ -47,11 +47,11 @@ def write_durably(path: Path, content: bytes) -> None:
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> str:
     """Writes `manifest.json` with size and SHA-256 of every file in `folder`, and `facts`.
 
-    Returns the SHA-256 of the manifest itself, to be kept elsewhere.
+    Returns the SHA-256 of the manifest itself, for the caller to keep.
     """
     present = _files(folder)
     for path in {*present.values(), *(path.parent for path in present.values())}:
-        # Else, after a power cut, a manifest might speak of bytes that never arrived.
+        # Otherwise the manifest could reach the disk before the files, and a power cut keep it.
         _wait_for_disk(path)
     files = {name: [path.stat().st_size, sha256(path)] for name, path in present.items()}
     content = (json.dumps({"files": files, "facts": dict(facts)}, indent=1) + "\n").encode()
@@ -60,12 +60,12 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> str:
 
 
 def verify_manifest(folder: Path, expected: str | None = None) -> dict[str, Any]:
-    """The facts of `folder`'s manifest, after comparing every file with it.
+    """Compares every file with `folder`'s manifest, and returns the manifest's facts.
 
-    Names in a manifest are compared with those that are there, and never opened.
+    Only files found in the folder are opened, never a name from the manifest.
 
     Args:
-      expected: SHA-256 of the manifest, where it is known.
+      expected: the manifest's SHA-256, where it is known.
 
     Raises:
       DamagedError: naming what is missing, changed, cut, added, or a link.
@@ -99,16 +99,16 @@ def verify_manifest(folder: Path, expected: str | None = None) -> dict[str, Any]
 
 
 def _refuse(error: OSError) -> None:
-    """What cannot be listed is not for that reason missing; only a folder that is gone is."""
+    """Raises errors of listing a folder, as its files would seem missing; not if it is gone."""
     if not isinstance(error, FileNotFoundError):
         raise error
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Every file below `folder` by its relative name; DamagedError for links and other things."""
+    """Every file below `folder` by its relative name; DamagedError for links and devices."""
     if folder.is_symlink():
         raise DamagedError(f"{folder.name}: a link, which is not followed")
-    found = {}
+    files = {}
     for parent, folders, names in os.walk(folder, onerror=_refuse):
         for name in (*folders, *names):
             path = Path(parent) / name
@@ -116,5 +116,5 @@ def _files(folder: Path) -> dict[str, Path]:
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
                 raise DamagedError(f"{relative}: not a plain file or folder; it is not followed")
             if path.is_file():
-                found[relative] = path
-    return found
+                files[relative] = path
+    return files

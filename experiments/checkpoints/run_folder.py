@@ -21,12 +21,12 @@ from tfm.config import TransformerConfig, current_fields
 
 
 class RunFolderError(UserError):
-    """Why a run folder cannot serve this run."""
+    """The run folder cannot be used for this run."""
 
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Turns the system's refusals (disk full, read-only …) into one line that names `path`."""
+    """Turns an OSError (disk full, read-only …) into a RunFolderError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -45,23 +45,23 @@ def plain(value: Any) -> Any:
 def changes(
     old: dict[str, Any], new: dict[str, Any], may_differ: Collection[str] = ()
 ) -> list[str]:
-    """`differences` of two runs' configs; an older one may lack fields that the model has since."""
+    """`differences` of two runs' configs; an older one may lack newer fields of the model."""
     if isinstance(old.get("model"), dict):
         old = old | {"model": current_fields(old["model"])}
     return differences(old, new, may_differ, {"model": plain(TransformerConfig())})
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside `path`, then renames: a reader sees the old file or the new, never a half.
+    """Replaces a file atomically: writes a temporary file, then renames it.
 
-    Raises RunFolderError naming the path, and leaves the old file, where the system refuses.
+    Raises RunFolderError naming the path where it cannot be written; the old file then stays.
     """
     with named(path):
         write_durably(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as JSON that a person can read, written as `write_text` does."""
+    """Writes indented JSON atomically, as `write_text`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -78,7 +78,7 @@ class RunFolder:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a training has begun in it, or a model has come into it."""
+        """Whether the folder holds a training that has started, or a model."""
         begun = ("resumed_from.json", "results.json", "checkpoints", "final")
         return any((self.path / name).exists() for name in begun)
 
@@ -118,18 +118,17 @@ class RunFolder:
         check: Callable[[], None] = lambda: None,
         rewrite: bool = True,
     ) -> Iterator[None]:
-        """Makes the folder, holds it for this process alone, and writes config.json.
+        """Makes the folder, locks it for this process, and writes config.json.
 
-        Raises RunFolderError, and writes nothing, where it cannot, where another process holds the
-        folder, or where it holds another config, old and new values named. Fields in `may_differ`
-        do not change what is learned, and may change between resumptions. Without `rewrite`
-        config.json is written only where nothing has begun: else it stays as it is, or away, until
-        it is clear that there is anything to do.
+        Raises RunFolderError, and writes nothing, where the folder cannot be written, another
+        process has locked it, or its config differs; old and new values are named. Fields in
+        `may_differ` do not change what is learned, so they may change when a run is resumed.
+        Without `rewrite` config.json is written only if the folder has none and no run has begun.
         """
         with named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                # The system releases it when the process ends, however it does.
+                # The system releases the lock when the process ends, even if it is killed.
                 held = filelock.FileLock(self.path / ".lock").acquire(timeout=0)
             except filelock.Timeout:
                 raise RunFolderError(f"{self.path}: another process is working in it") from None
@@ -141,9 +140,9 @@ class RunFolder:
             yield
 
     def set_aside(self, steps: int) -> None:
-        """Renames what a finished run of `steps` left (`results-7500.json`): it is to be extended.
+        """Renames the outputs of a finished run of `steps` (`results-7500.json`) to extend it.
 
-        The results first, so that a folder cut short in between counts as unfinished.
+        results.json is renamed first, so that an interruption leaves an unfinished run.
         """
         for name in ("results.json", "report.html", "translations.tsv", "learning_curve.svg"):
             file = self.path / name
@@ -151,7 +150,7 @@ class RunFolder:
                 file.replace(file.with_stem(f"{file.stem}-{steps}"))
 
     def sittings(self) -> list[int]:
-        """The steps that training has gone on at so far.
+        """The steps at which training was resumed so far.
 
         Raises RunFolderError where resumed_from.json does not hold them.
         """
@@ -162,18 +161,18 @@ class RunFolder:
         return steps
 
     def note_sitting(self, step: int) -> list[int]:
-        """Notes that training goes on at `step`; returns the steps that it has gone on at so far.
+        """Records that training resumes at `step`; returns all such steps so far.
 
-        Step 0 is no going on but a beginning, which forgets the others.
+        Step 0 is a fresh start, which clears the list.
         """
         resumed = [*self.sittings(), step] if step else []
         write_json(self.path / "resumed_from.json", {"steps": resumed})
         return resumed
 
     def check_shared(self, seconds: float = 60) -> None:
-        """Raises RunFolderError where this process does not see what the first one has written.
+        """Raises RunFolderError where this process does not see the files of process 0.
 
-        A network's file system may take some seconds to show it.
+        A network file system may take some seconds to show them.
         """
         file = self.path / "resumed_from.json"
         deadline = time.monotonic() + seconds
@@ -190,7 +189,7 @@ class RunFolder:
         return [line for line in self.lines() if "skipped" not in line]
 
     def lines(self) -> list[dict[str, Any]]:
-        """The objects of metrics.jsonl so far; a last line cut short is dropped."""
+        """The objects of metrics.jsonl so far; an incomplete last line is dropped."""
         file = self.path / "metrics.jsonl"
         if file.is_symlink():
             raise RunFolderError(f"{file}: a link, which is not followed")
@@ -209,11 +208,11 @@ class RunFolder:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and the TensorBoard events, from `first_step` on.
+    """Appends to metrics.jsonl and to the TensorBoard events, from `first_step` on.
 
-    Lines at or after `first_step`, logged by a run that was cut off before it could save, are
-    dropped: the steps are about to be done again. So are those of steps that were skipped with
-    batches beyond the first `batches`.
+    Existing lines at or after `first_step` are dropped: they are of steps after the last save,
+    which will be repeated. So are lines of skipped steps whose batch comes after the first
+    `batches`.
     """
 
     def __init__(self, folder: RunFolder, first_step: int, batches: int = 0) -> None:
@@ -229,16 +228,16 @@ class MetricsLog:
             self._file = path.open("a", encoding="utf-8")
         with named(self._directory):
             self._directory.mkdir(exist_ok=True)
-            # Not SummaryWriter: its thread dies of a full disk, and the next writes wait for ever.
+            # Not SummaryWriter: a full disk ends its thread, and later writes block for ever.
             self._events = EventsWriter(str(self._directory / "events"))
         restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add_event(step=first_step, session_log=restart)  # hides what is done again
+        self._add_event(step=first_step, session_log=restart)  # hides the repeated steps
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # What could not be written has been told; closing tries once more.
+        # A failed write was reported already; closing would only try again.
         for file in (self._file, self._events):
             with contextlib.suppress(OSError):
                 file.close()
@@ -246,7 +245,7 @@ class MetricsLog:
     def write(self, metrics: dict[str, Any]) -> None:
         """One line; every number but the step also becomes a TensorBoard scalar.
 
-        A number that is not finite becomes null, since JSON has no other word for it.
+        A number that is not finite becomes null, as JSON cannot express it.
         Raises RunFolderError where it cannot be written.
         """
         metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}

@@ -1,4 +1,4 @@
-"""Parameters alone in one safetensors file: to share, and to load without unpickling anything."""
+"""Parameters in one safetensors file, which loads without unpickling."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +18,10 @@ def export_params(
 ) -> None:
     """Writes a tree of nested dicts; a leaf's name is its keys with `/` between.
 
-    A file that is there already is replaced as a whole, or stays as it was.
+    An existing file is replaced atomically.
 
     Args:
-      about: text to be read beside the arrays, such as where they come from.
+      about: metadata of the file, such as where the parameters come from.
     """
     named = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     arrays = {name: jnp.asarray(leaf) for name, leaf in named.items()}
@@ -29,7 +29,7 @@ def export_params(
 
 
 def _short_name(dtype: jnp.dtype) -> str:
-    """What safetensors calls a type: F32, BF16, I64, BOOL."""
+    """The name of a type in safetensors: F32, BF16, I64, BOOL."""
     letters = dtype.name.rstrip("0123456789").upper()
     return {"FLOAT": "F", "BFLOAT": "BF", "INT": "I", "UINT": "U"}.get(letters, letters) + (
         dtype.name[len(letters) :]
@@ -40,8 +40,8 @@ def import_params(path: str | Path, like: chex.ArrayTree) -> chex.ArrayTree:
     """The tree that `export_params` wrote; `like` gives the names, shapes and dtypes it must have.
 
     Raises:
-      ValueError: naming the file, and what is no safetensors file, or which array is missing, not
-        known, or of another type.
+      ValueError: naming the file, where it is not a safetensors file, or an array that is missing,
+        unknown, or of another type or shape.
     """
     try:
         with safe_open(path, "flax") as file:
@@ -55,6 +55,6 @@ def import_params(path: str | Path, like: chex.ArrayTree) -> chex.ArrayTree:
     expected = traverse_util.flatten_dict(like, sep="/")
     wanted = {n: (_short_name(x.dtype), x.shape) for n, x in expected.items()}
     for name in sorted(there.keys() | wanted.keys()):
-        if (found := there.get(name)) != (asked := wanted.get(name)):
-            raise ValueError(f"{path}: {name} is {found or 'missing'}, not {asked or 'known'}")
+        if (actual := there.get(name)) != (asked := wanted.get(name)):
+            raise ValueError(f"{path}: {name} is {actual or 'missing'}, not {asked or 'known'}")
     return traverse_util.unflatten_dict(arrays, sep="/")

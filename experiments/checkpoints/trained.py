@@ -1,4 +1,4 @@
-"""What a run has saved: whether it can go on, and the model that it has come to."""
+"""What a run has saved: whether it can be resumed, and its newest model."""
 
 import dataclasses
 import shutil
@@ -22,7 +22,7 @@ from tfm.training import TrainState, param_shapes
 def check_identity(path: Path, notes: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raises RunFolderError where the checkpoint at `path` was trained as another run.
 
-    The position of the batches is only a number: other data would be gone through all the same.
+    Without this check the position of the batches would silently be applied to other data.
     """
     if differing := changes(notes["identity"], identity):
         raise RunFolderError(
@@ -32,8 +32,8 @@ def check_identity(path: Path, notes: dict[str, Any], identity: dict[str, Any]) 
 
 
 def check_newest(folder: RunFolder, steps: int, identity: dict[str, Any]) -> None:
-    """Before anything is written: RunFolderError where the run cannot go on so, since its newest
-    checkpoint is another run's, is beyond `steps`, or is gone."""
+    """Called before anything is written: raises RunFolderError where the newest checkpoint belongs
+    to another run, is beyond `steps`, or is gone."""
     step = None
     if folder.checkpoints.is_dir():
         with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
@@ -54,11 +54,11 @@ def check_newest(folder: RunFolder, steps: int, identity: dict[str, Any]) -> Non
 def newest_model(
     folder: RunFolder, functions: str | None = None
 ) -> tuple[dict[str, Any], Transformer, chex.ArrayTree]:
-    """The identity, model and parameters that a run ended with, or of its newest checkpoint.
+    """The identity, model and parameters of a run's final model, or of its newest checkpoint.
 
-    functions: the FILE:NAME of those that it was trained with; of a folder none is ever run.
+    functions: the FILE:NAME that the run was trained with; the copy in the folder is never run.
 
-    A damaged checkpoint is named on standard error, and the one before it taken.
+    A damaged checkpoint is named on standard error, and the one before it is used.
 
     Raises RunFolderError where nothing is saved; CheckpointError where all of it is damaged;
     FunctionsError where it was trained with other functions.
@@ -67,17 +67,17 @@ def newest_model(
         if not place.is_dir():
             continue
         with Checkpoints(place, read_only=True) as checkpoints:
-            step, found = checkpoints.newest()
-            for line in found:
+            step, faults = checkpoints.newest()
+            for line in faults:
                 print(line, file=sys.stderr)
-            if not step:  # 0: saved before anything was learned
+            if not step:  # 0: saved before the first update
                 continue
             identity = checkpoints.notes(step)["identity"]
             check_recorded(folder.path, identity.get("functions_of"), functions)
             trained = TransformerConfig(**current_fields(identity["model"]))
             model = make_model(trained, functions)
             params = checkpoints.restore_params(step, param_shapes(trained, model.functions))
-            # Rows that only a mesh needed are left out.
+            # Without the rows that padded the vocabulary for a mesh.
             config = dataclasses.replace(trained, vocab_multiple=1)
             model = Transformer(config, model.functions)
             return identity, model, fit_vocabulary(params, config)
@@ -85,14 +85,14 @@ def newest_model(
 
 
 def without_moments(params: chex.ArrayTree, step: int) -> TrainState:
-    """Parameters as a checkpoint holds them, where there is nothing to go on training from."""
+    """A state of parameters alone, for a checkpoint that no training resumes from."""
     return TrainState(jnp.int32(step), params, {}, jax.random.PRNGKey(0))
 
 
 def write_final(
     folder: RunFolder, params: chex.ArrayTree, step: int, identity: dict[str, Any]
 ) -> None:
-    """Writes the model that a run ends with; one that is there already goes.
+    """Writes the final model of a run, in the place of an earlier one.
 
     Raises CheckpointError where it cannot be written.
     """

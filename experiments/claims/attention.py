@@ -107,8 +107,8 @@ def measure(budget: Budget) -> tuple[dict[str, Estimate], Figure]:
     seeds = range(budget.first_seed, budget.first_seed + budget.seeds)
     worst = {}
     for scale in (0.01, 0.1, 1.0, 10.0):
-        found = [_one_seed(seed, scale) for seed in seeds]
-        worst[scale] = {name: float(max(f[name] for f in found)) for name in HYPOTHESES}
+        draws = [_one_seed(seed, scale) for seed in seeds]
+        worst[scale] = {name: float(max(f[name] for f in draws)) for name in HYPOTHESES}
     largest = {name: max(errors[name] for errors in worst.values()) for name in HYPOTHESES}
     return {name: exact(e, len(seeds)) for name, e in largest.items()}, _draw(worst)
 

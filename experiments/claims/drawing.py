@@ -1,4 +1,4 @@
-"""How the claims' figures look: seeds as points or a band, the rule's threshold drawn."""
+"""The claims' figures: seeds as points or a band, with the threshold of the rule."""
 
 from collections.abc import Sequence
 from html import escape
@@ -55,12 +55,12 @@ def _strip(top: float, subclaim: dict[str, Any]) -> str:
 
     colour = paint(_ROLES.get(subclaim["verdict"].split(",")[0], "muted"))
     middle = top + _ROW / 2
-    said = wrap(("caveat: " if subclaim["caveat_of"] else "") + subclaim["statement"], 52)
-    said = [*said[:1], said[1] + " …"] if len(said) > 2 else said
-    first = middle + 4 - 6.5 * (len(said) - 1)
+    lines = wrap(("caveat: " if subclaim["caveat_of"] else "") + subclaim["statement"], 52)
+    lines = [*lines[:1], lines[1] + " …"] if len(lines) > 2 else lines
+    first = middle + 4 - 6.5 * (len(lines) - 1)
     words = "".join(
         f'<text x="0" y="{first + 13 * i:.1f}" class="claim-say">{escape(line)}</text>'
-        for i, line in enumerate(said)
+        for i, line in enumerate(lines)
     )
     end = _LEFT + _PLOT + 12
     figures = f"{effect:.3g}, δ = {threshold:g}"
@@ -80,9 +80,9 @@ def _strip(top: float, subclaim: dict[str, Any]) -> str:
 
 
 def evidence(figure: Figure, name: str, description: str, subclaims: Sequence[dict]) -> str:
-    """What was seen, and below it every sub-claim's effect, interval and threshold: an SVG file.
+    """An SVG file: the figure, and below it each sub-claim's effect, interval and threshold.
 
-    It stands alone on white, and inside a page it takes the page's colours.
+    On its own it has a white background; inside a page it takes the page's colours.
     """
     above, (width, height) = inline(figure, name, description), figure.get_size_inches() * 72
     full = _LEFT + _PLOT + _RIGHT

@@ -1,4 +1,4 @@
-"""From measurements to verdicts: intervals, and the one rule that every claim is judged by."""
+"""Turns measurements into verdicts: confidence intervals, and the one decision rule."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """A statement that can turn out wrong, and what would decide it: written before the run."""
+    """A falsifiable statement with its decision rule, written before the run."""
 
     statement: Text
     effect: str
@@ -77,13 +77,13 @@ class Budget:
     """told how much of a training is done, and how it goes"""
 
     def steps(self, default: int) -> int:
-        """The steps of a training that takes `default` in the default preset, in whole pieces."""
+        """The number of steps where the default preset takes `default`, a multiple of `PIECES`."""
         return PIECES * max(1, round(default * self.effort / PIECES))
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One question of the source, and how it is settled."""
+    """One question, and the measurement that decides it."""
 
     id: str
     question: Text
@@ -135,12 +135,13 @@ def wilson_difference(first: int, second: int, trials: int) -> Estimate:
 
 
 def exact(value: float, seeds: int = 1) -> Estimate:
-    """What has no scatter: the largest error of a formula, or a count."""
+    """An estimate without variance: the largest error of a formula, or a count."""
     return Estimate(float(value), (float(value), float(value)), seeds)
 
 
 def verdict(interval: tuple[float, float], threshold: float) -> str:
-    """The rule: lower end above δ is supported, upper end below δ is not, else undecided."""
+    """Supported if the interval's lower end is above δ, not supported if its upper end is below δ,
+    else undecided."""
     low, high = interval
     if low > threshold:
         return SUPPORTED
@@ -152,7 +153,7 @@ def judge(
 ) -> list[dict[str, Any]]:
     """The sub-claims of a record: each hypothesis with its estimate and verdict.
 
-    Raises ValueError where one was not measured, or something else was.
+    Raises ValueError where the estimates are not those of the hypotheses.
     """
     if hypotheses.keys() != estimates.keys():
         raise ValueError(f"stated {sorted(hypotheses)}, but measured {sorted(estimates)}")

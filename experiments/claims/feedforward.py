@@ -74,7 +74,7 @@ def _formula_errors(seed: int) -> dict[str, float]:
     expected = _reference(*(np.asarray(a, np.float64) for a in drawn))
     jacobian = np.array(jax.jacrev(tfm.feed_forward)(*drawn))  # [L, D, L, D]
     for position in range(len(expected)):
-        jacobian[position, :, position] = 0  # leaves the derivatives between different ones
+        jacobian[position, :, position] = 0  # keeps the derivatives between different positions
     return {
         "formula": float(np.abs(tfm.feed_forward(*drawn) - expected).max()),
         "alone": float(np.abs(jacobian).max()),

@@ -64,7 +64,7 @@ HYPOTHESES = {
 
 
 def _in_a_loop(x: Array, w_q: Array, w_k: Array, w_v: Array, w_o: Array, heads: int) -> Array:
-    """Question 5's formula as it is printed: one head after another."""
+    """The formula of question 5 literally: one head after another."""
 
     def head(columns: Array) -> Array:
         q, k, v = (linear(x, w) for w in columns)
@@ -102,11 +102,11 @@ def _seconds(run: Callable[[], None]) -> float:
 
 
 def _speed() -> dict[str, Estimate]:
-    """Timed in turn, so that a disturbance of the machine meets all alike."""
-    (loop, _), (together, work), (one, work_of_one) = (
+    """Interleaved timings, so that a disturbance of the machine affects all variants."""
+    (loop, _), (parallel, work), (one, work_of_one) = (
         _compiled(*c) for c in ((_in_a_loop, 8), (_together, 8), (_together, 1))
     )
-    times = np.log2([[_seconds(run) for run in (loop, together, one)] for _ in range(PAIRS)])
+    times = np.log2([[_seconds(run) for run in (loop, parallel, one)] for _ in range(PAIRS)])
     return {
         "together": paired_t(times[:, 0] - times[:, 1]),
         "faster_than_one": paired_t(times[:, 2] - times[:, 1]),
@@ -127,10 +127,10 @@ def divergence(weights: Array, real: Array) -> Array:
 
 
 def alignment(weights: Array, batch: tfm.training.Batch) -> Array:
-    """How closely each head follows the letters: [B, H, T, S] -> correlations [H].
+    """How closely each head follows the letters: weights [B, H, T, S] -> correlations [H].
 
-    Over the sounds of all words of at least `LONG` sounds: the place of the letter that the head
-    looks at most, and the place of the sound, both as their distance from the word's mean.
+    The correlation of a sound's position with that of the letter of largest weight, over the words
+    of at least `LONG` sounds; both positions are relative to their mean in the word.
     """
     places = jnp.take_along_axis(batch["source_positions"][:, None], weights.argmax(-1), -1)
     segments, most = batch["target_segment_ids"], batch["target"].shape[-1] + 1
@@ -156,15 +156,15 @@ def alignment(weights: Array, batch: tfm.training.Batch) -> Array:
 
 
 def _probe(model: tfm.Transformer, params: chex.ArrayTree, task: study.Task) -> dict[str, Array]:
-    """Quality, and what the heads of the cross-attention (one layer) do."""
+    """Quality, and measures of the cross-attention heads (one layer)."""
     logits, weights = study.forward(model, params, task.valid, return_weights=True)
     cross, heads = weights["cross"][0], model.config.num_heads
-    found = study.judge(model, params, task)
-    found["alignment"] = alignment(cross, task.valid)
+    probes = study.judge(model, params, task)
+    probes["alignment"] = alignment(cross, task.valid)
     if heads > 1:
-        found["divergence"] = divergence(cross, task.valid["target_segment_ids"] != 0)
+        probes["divergence"] = divergence(cross, task.valid["target_segment_ids"] != 0)
     if heads == MANY:
-        found["map"] = cross[0]
+        probes["map"] = cross[0]
         # [kinds · heads] masks, each without one head of one kind of attention
         without = 1 - jnp.eye(3 * heads).reshape(-1, 3, 1, heads)
         names = ("encoder", "decoder", "cross")
@@ -173,8 +173,8 @@ def _probe(model: tfm.Transformer, params: chex.ArrayTree, task: study.Task) -> 
             masks = dict(zip(names, masks, strict=True))
             return study.judge_batch(model, params, task.valid, head_masks=masks)["loss"]
 
-        found["ablated"] = jax.lax.map(loss, without) - found["loss"]
-    return found
+        probes["ablated"] = jax.lax.map(loss, without) - probes["loss"]
+    return probes
 
 
 def _train(budget: Budget) -> dict[int, dict[str, np.ndarray]]:
@@ -192,19 +192,19 @@ def _train(budget: Budget) -> dict[int, dict[str, np.ndarray]]:
     return {heads: one(heads) for heads in HEADS}
 
 
-def _draw(found: dict[int, dict[str, np.ndarray]]) -> Figure:
+def _draw(by_heads: dict[int, dict[str, np.ndarray]]) -> Figure:
     task = study.pronunciation()
     figure, (quality, ablated, maps) = style.panels(
         "Quality over heads", "Without one head (h = 4)", "Four heads reading one row of words"
     )
-    drawing.points(quality, {f"{h}": probes["loss"][1, :, 0] for h, probes in found.items()})
+    drawing.points(quality, {f"{h}": probes["loss"][1, :, 0] for h, probes in by_heads.items()})
     style.label(quality, "heads h at d_model 64", "validation loss, nats a sound")
-    rises = found[MANY]["ablated"][1, :, 0]  # [seeds, 3 · heads]
+    rises = by_heads[MANY]["ablated"][1, :, 0]  # [seeds, 3 · heads]
     drawing.points(ablated, {f"{i + 1}": rises[:, i] for i in range(rises.shape[1])})
     style.level(ablated, HYPOTHESES["needed"].threshold, "δ")
     style.label(ablated, "head: 1–4 encoder, 5–8 decoder, 9–12 cross", "rise of the loss, nats")
     real = np.count_nonzero(task.valid["target"][0]), np.count_nonzero(task.valid["source"][0])
-    cross = found[MANY]["map"][1, 0, 0][:, : real[0], : real[1]]
+    cross = by_heads[MANY]["map"][1, 0, 0][:, : real[0], : real[1]]
     gap = np.full((real[0], 2), np.nan)
     maps.imshow(np.concatenate([np.hstack([head, gap]) for head in cross], axis=1),
                 aspect="auto", cmap="Blues", vmin=0, vmax=1)  # fmt: skip
@@ -217,10 +217,10 @@ def _draw(found: dict[int, dict[str, np.ndarray]]) -> Figure:
 def measure(budget: Budget) -> tuple[dict[str, Estimate], Figure]:
     """Speed at the paper's width; then h = 1 … 8, on a small and on the whole training set."""
     speed = _speed()
-    found = _train(budget)
-    one, many = found[1], found[MANY]
-    gap = {h: (f["loss"] - f["train_loss"])[0, :, 0] for h, f in found.items()}
-    best = {h: f["alignment"][1, :, 0].max(-1) for h, f in found.items()}
+    by_heads = _train(budget)
+    one, many = by_heads[1], by_heads[MANY]
+    gap = {h: (f["loss"] - f["train_loss"])[0, :, 0] for h, f in by_heads.items()}
+    best = {h: f["alignment"][1, :, 0].max(-1) for h, f in by_heads.items()}
     estimates = speed | {
         "richer": paired_t((one["loss"] - many["loss"])[1, :, 0]),
         "diverse": paired_t(many["divergence"][1, :, 0]),
@@ -229,7 +229,7 @@ def measure(budget: Budget) -> tuple[dict[str, Estimate], Figure]:
         "aligns": paired_t(best[MANY]),
         "interpretable": paired_t(best[MANY] - best[1]),
     }
-    return estimates, _draw(found)
+    return estimates, _draw(by_heads)
 
 
 CLAIM = Claim(

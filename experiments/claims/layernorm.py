@@ -76,7 +76,7 @@ HYPOTHESES = {
 
 
 def normalised(present: bool | Array) -> Callable[..., Array]:
-    """LN where `present`, else x as it is."""
+    """LayerNorm where `present`, else the identity."""
 
     def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
         return jnp.where(present, tfm.layer_norm(x, scale, bias, epsilon), x)
@@ -129,7 +129,7 @@ def _gradients_by_layer(placement: str, seeds: range, task: study.Task) -> np.nd
 def _activations(
     model: tfm.Transformer, params: chex.ArrayTree, task: study.Task
 ) -> dict[str, Array]:
-    """What each normalisation (or its absence) passes on.
+    """Statistics of the activations after each normalisation (or its absence).
 
     `mean` [sites, D]: each feature's mean over the positions, in deviations of the site;
     `variance` [sites]: log₂ of the variance of all its numbers. Where they have overflowed, the
@@ -147,7 +147,7 @@ def _activations(
     study.forward(tfm.Transformer(model.config, tfm.Functions(layer_norm=watched)), params, batch)
     variance = jnp.nan_to_num(jnp.stack(variances), nan=LARGEST, posinf=LARGEST, neginf=-LARGEST)
     loss = study.judge_batch(model, params, task.valid)["loss"]
-    guessing = math.log(model.config.vocab_size)  # what a diverged training counts as
+    guessing = math.log(model.config.vocab_size)  # stands for a diverged training
     return {
         "loss": jnp.minimum(jnp.nan_to_num(loss, nan=guessing), guessing),
         "mean": jnp.nan_to_num(jnp.stack(means), posinf=0, neginf=0),
@@ -158,7 +158,7 @@ def _activations(
 def _train(budget: Budget) -> dict[tuple[str, str], study.Trained]:
     """Post-LN, pre-LN and no normalisation, by name and setting; each [seeds, ...]."""
     task, steps = study.pronunciation(), budget.steps(240)
-    found = {}
+    trainings = {}
     for placement, runs in TRAINED.items():
         config = task.config(
             num_encoder_layers=LAYERS, num_decoder_layers=LAYERS, norm_placement=placement
@@ -179,8 +179,8 @@ def _train(budget: Budget) -> dict[tuple[str, str], study.Trained]:
         trained = study.train(
             budget, task, make, steps, settings, probe=_activations, probe_at=PROBES
         )
-        found |= {run: jax.tree.map(lambda x, i=i: x[i], trained) for i, run in enumerate(runs)}
-    return found
+        trainings |= {run: jax.tree.map(lambda x, i=i: x[i], trained) for i, run in enumerate(runs)}
+    return trainings
 
 
 def smoothed(loss: np.ndarray) -> np.ndarray:

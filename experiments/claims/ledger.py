@@ -1,4 +1,4 @@
-"""The ledger of the eleven questions: measures, judges, keeps and shows."""
+"""The claims command: measures and judges the eleven questions, and writes the ledger."""
 
 import dataclasses
 import hashlib
@@ -46,7 +46,7 @@ _SECONDS = {"scaling": 77, "heads": 110, "dropout": 79, "attention": 4, "multihe
 
 
 class ClaimsError(UserError):
-    """Why the ledger cannot be written as asked."""
+    """The ledger cannot be written as asked; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def code_of(claim: Claim) -> str:
 
 
 class _Measuring:
-    """Where the ledger is, on a bar in the seconds that its claims are expected to take."""
+    """The progress bar of the ledger, in the expected seconds of its claims."""
 
     def __init__(self, bar: ProgressBar, count: int) -> None:
         self._bar, self._count, self._number, self._done = bar, count, 0, 0.0
@@ -105,7 +105,7 @@ class _Measuring:
 
     def report(self, share: float, status: str) -> None:
         """Called by a training; `share` is of that training alone."""
-        if self._done:  # the claims before tell how fast this machine is
+        if self._done:  # the finished claims give the speed of this machine
             pace = self._done / (self._claim_started - self._started)
             done = (time.monotonic() - self._claim_started) * pace
             self._bar.reached(self._done + min(done, 0.95 * self._expected))
@@ -116,8 +116,8 @@ class _Measuring:
         self._bar.reached(self._done)
         self._bar.say(f"{claim.id}  {record['seconds']:.0f} s")
         for subclaim in record["subclaims"]:
-            said = f"{subclaim['verdict']}: {subclaim['statement']}"
-            self._bar.say(textwrap.fill(said, 80, initial_indent="  ", subsequent_indent="    "))
+            line = f"{subclaim['verdict']}: {subclaim['statement']}"
+            self._bar.say(textwrap.fill(line, 80, initial_indent="  ", subsequent_indent="    "))
 
     def _show(self, status: str) -> None:
         self._bar.now(self._name)
@@ -153,7 +153,7 @@ def _figure_of(name: str) -> str:
 
 
 def read_records(file: Path) -> dict[str, dict[str, Any]]:
-    """The finished records by id; ClaimsError names a file that is no ledger."""
+    """The finished records by id; ClaimsError for a file that is not a ledger."""
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
         for record in records:
@@ -170,7 +170,7 @@ def read_records(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def run(config: ClaimsConfig) -> None:
-    """Measures what is chosen and not yet measured; rewrites the ledger after each claim."""
+    """Measures the chosen claims without a valid record; rewrites the ledger after each."""
     chosen, folder = config.chosen(), RunFolder(config.run)
     file = folder.path / "claims.json"
     records = read_records(file)
@@ -207,7 +207,7 @@ def run(config: ClaimsConfig) -> None:
 
 
 def _stale(claim: Claim, records: dict[str, dict[str, Any]]) -> str:
-    """Why a claim has to be measured; '' where its record stands."""
+    """The reason to measure a claim; '' where its record is still valid."""
     if claim.id not in records:
         return "not measured yet"
     changed = records[claim.id]["code"] != code_of(claim)

@@ -91,7 +91,7 @@ def effective_rank(w: np.ndarray, heads: int) -> float:
 
 
 def _projections(params: dict) -> list[np.ndarray]:
-    """W_Q and W_K of every attention in one model: what a head compares."""
+    """W_Q and W_K of every attention in one model."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     return [leaf for path, leaf in flat if path[-1].key in ("w_q", "w_k")]
 

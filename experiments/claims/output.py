@@ -128,7 +128,7 @@ def _tiny(seed: int) -> tuple[tfm.Transformer, chex.ArrayTree, Array]:
 def sequences() -> tuple[np.ndarray, np.ndarray]:
     """Every sequence that ends in EOS or is cut at LONGEST, and which of its symbols count.
 
-    After the first EOS stand zeros, as in what the search returns.
+    Zeros follow the first EOS, as in the results of the search.
     """
     drawn = np.array(list(itertools.product(range(SYMBOLS), repeat=LONGEST)), np.int32)
     ended = np.cumsum(drawn == EOS, axis=1) - (drawn == EOS) > 0  # after an earlier EOS
@@ -153,7 +153,7 @@ def every_score(model: tfm.Transformer, params: chex.ArrayTree, source: Array) -
 
 
 def _decode(model: tfm.Transformer, params: chex.ArrayTree, source: Array, width: int) -> Decoded:
-    """What the search finds for each case: arrays [CASES, W, ...]."""
+    """The search's hypotheses for each case: arrays [CASES, W, ...]."""
 
     def one(params: chex.ArrayTree, source: Array) -> Decoded:
         step, cache = tfm.start_decoding(model, params, source[None], width, LONGEST)
@@ -163,21 +163,21 @@ def _decode(model: tfm.Transformer, params: chex.ArrayTree, source: Array, width
 
 
 def _search(seed: int) -> tuple[dict[int, int], float]:
-    """How many of the best sequences each width finds, and the largest error of a score."""
+    """The number of cases where each width finds the best sequence; the largest score error."""
     model, params, source = _tiny(seed)
     scores, (every, _) = every_score(model, params, source), sequences()
     index = {tuple(sequence): i for i, sequence in enumerate(every)}
-    found, error = {}, 0.0
+    hits, error = {}, 0.0
     for width in WIDTHS:
         decoded = _decode(model, params, source, width)
         places = [index[tuple(best)] for best in decoded.tokens[:, 0]]
         direct = scores[np.arange(CASES), places]
-        found[width] = int((direct > scores.max(1) - 1e-4).sum())
+        hits[width] = int((direct > scores.max(1) - 1e-4).sum())
         error = max(error, float(np.abs(direct - decoded.scores[:, 0]).max()))
-    return found, error
+    return hits, error
 
 
-def _draw(probes: dict[str, np.ndarray], found: dict[int, int]) -> Figure:
+def _draw(probes: dict[str, np.ndarray], hits: dict[int, int]) -> Figure:
     figure, (reliability, search) = style.panels("Confidence and truth", "Finding the likeliest")
     for seed in range(probes["share"].shape[0]):
         filled = probes["share"][seed] > 0.001
@@ -188,7 +188,7 @@ def _draw(probes: dict[str, np.ndarray], found: dict[int, int]) -> Figure:
     reliability.plot([0, 1], [0, 1], color=style.MUTED, lw=1, ls="--")
     style.label(reliability, "probability of the likeliest sound", "share of these that is right")
     places = range(len(WIDTHS))
-    search.bar(places, [found[w] / CASES for w in WIDTHS], 0.6, color=style.LINES[0])
+    search.bar(places, [hits[w] / CASES for w in WIDTHS], 0.6, color=style.LINES[0])
     search.set_xticks(places, ["greedy", *(f"beam {w}" for w in WIDTHS[1:])])
     search.set_ylim(0, 1.05)
     style.level(search, HYPOTHESES["search"].threshold, "δ")
@@ -202,17 +202,17 @@ def measure(budget: Budget) -> tuple[dict[str, Estimate], Figure]:
     trainee = study.Trainee(tfm.Transformer(task.config()), study.optimizer(steps))
     trained = study.train(budget, task, lambda: trainee, steps, probe=_reliability)
     probes = {name: values[0, :, 0] for name, values in trained.probes.items()}
-    found, error = _search(budget.first_seed)
+    hits, error = _search(budget.first_seed)
     errors = calibration_error(probes["share"], probes["confidence"], probes["accuracy"])
     estimates = {
         "formula": exact(_formula_error(budget.first_seed)),
         "distribution": exact(probes["sum_error"].max(), len(errors)),
         "chain": exact(error),
         "calibrated": paired_t(errors),
-        "search": wilson(found[4], CASES),
-        "beats_greedy": wilson_difference(found[4], found[1], CASES),
+        "search": wilson(hits[4], CASES),
+        "beats_greedy": wilson_difference(hits[4], hits[1], CASES),
     }
-    return estimates, _draw(probes, found)
+    return estimates, _draw(probes, hits)
 
 
 CLAIM = Claim(

@@ -56,7 +56,7 @@ first seed {seed}, {minutes:.0f} minutes on the machine that wrote this page."""
 
 
 def number(value: float) -> str:
-    """Three figures, without a float's noise."""
+    """A number with three significant digits."""
     return "0" if value == 0 else f"{value:.3g}"
 
 
@@ -68,11 +68,11 @@ def _interval(subclaim: Record) -> str:
 def _said(subclaim: Record, language: str) -> str:
     words = _WORDS[language]
     statement = subclaim["statement" if language == "en" else "statement_zh"]
-    said = (words["caveat"] if subclaim["caveat_of"] else "") + statement
+    text = (words["caveat"] if subclaim["caveat_of"] else "") + statement
     if "bound" in subclaim:
         error = words["error"].format(subclaim["largest_error"], subclaim["bound"])
-        said += f" ({error})" if language == "en" else f"（{error}）"
-    return said + (f" {words['clock']}" if subclaim["timed"] else "")
+        text += f" ({error})" if language == "en" else f"（{error}）"
+    return text + (f" {words['clock']}" if subclaim["timed"] else "")
 
 
 def _verdict(subclaim: Record, language: str) -> str:
@@ -84,7 +84,7 @@ def _minutes(records: Sequence[Record]) -> float:
 
 
 def command(settings: Record, only: str = "") -> str:
-    """The line that measures again."""
+    """The command that repeats the measurement."""
     preset = "" if settings["preset"] == "default" else f" --preset {settings['preset']}"
     seed = f" --seed {settings['seed']}" if settings["seed"] else ""
     return f"python -m experiments.run claims{preset}{seed}" + (f" --only {only}" if only else "")

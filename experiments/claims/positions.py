@@ -65,12 +65,12 @@ def scaled(factor: float | Array) -> tfm.Functions:
 def _distances() -> np.ndarray:
     """‖PE(Δ) − PE(0)‖ for Δ = 1 … LENGTH − 1: by the rotation, that of any rows Δ apart."""
     with jax.enable_x64(True):
-        found = []
+        distances = []
         for start in range(0, LENGTH, 10_000):
             rows = tfm.sinusoidal_positions(jnp.arange(start, start + 10_000), D_MODEL)
             origin = tfm.sinusoidal_positions(1, D_MODEL)
-            found.append(np.linalg.norm(np.asarray(rows - origin), axis=1))
-    return np.concatenate(found)[1:]
+            distances.append(np.linalg.norm(np.asarray(rows - origin), axis=1))
+    return np.concatenate(distances)[1:]
 
 
 def _shift_errors() -> dict[str, float]:
@@ -88,7 +88,7 @@ def _shift_errors() -> dict[str, float]:
             for got, expected in zip(turned, (sin[later], cos[later]), strict=True):
                 rotation = max(rotation, float(np.abs(got - expected).max()))
             products[shift].append((table[:5000] * table[later]).sum(1))
-    relative = max(float(np.ptp(np.concatenate(found))) for found in products.values())
+    relative = max(float(np.ptp(np.concatenate(sums))) for sums in products.values())
     return {"rotation": rotation, "relative": relative / (D_MODEL / 2)}
 
 
@@ -111,9 +111,9 @@ def _train(budget: Budget) -> tuple[dict[str, np.ndarray], dict[str, dict[str, n
     longer = study.reversal(LONGER, seed=1).valid
 
     def probe(model, params, task):
-        found = study.judge_batch(model, params, task.valid)
+        judged = study.judge_batch(model, params, task.valid)
         at_length = study.judge_batch(model, params, longer)
-        return {"right": 1 - found["wrong"], "longer": 1 - at_length["wrong"]}
+        return {"right": 1 - judged["wrong"], "longer": 1 - at_length["wrong"]}
 
     def one(task: study.Task, steps: int, factors: tuple[float, ...], changes: dict, **options):
         def make(factor: Array) -> study.Trainee:
@@ -169,7 +169,7 @@ def measure(budget: Budget) -> tuple[dict[str, Estimate], Figure]:
     distances = _distances()
     losses, shares = _train(budget)
     errors = _shift_errors() | {"blind": _equivariance_error(budget.first_seed)}
-    right = {kind: found["right"][:, -1] for kind, found in shares.items()}
+    right = {kind: share["right"][:, -1] for kind, share in shares.items()}
     estimates = {name: exact(error) for name, error in errors.items()} | {
         "distinct": exact(distances.min()),
         "repairs": paired_t(right["with"] - right["without"]),

@@ -85,14 +85,14 @@ def _one_size(key: Array, d_k: int, factor: float) -> dict[str, Array]:
 def _at_initialisation(budget: Budget) -> dict[str, dict[str, np.ndarray]]:
     """{'without' | 'with': {quantity: [seeds, sizes]}}."""
     seeds = range(budget.first_seed, budget.first_seed + max(budget.seeds, 5))
-    found = {}
+    measured = {}
     for name, power in (("without", 0.0), ("with", -0.5)):
         rows = [
             [_one_size(jax.random.key(seed), d_k, float(d_k) ** power) for d_k in SIZES]
             for seed in seeds
         ]
-        found[name] = {k: np.array([[float(x[k]) for x in r] for r in rows]) for k in rows[0][0]}
-    return found
+        measured[name] = {k: np.array([[float(x[k]) for x in r] for r in rows]) for k in rows[0][0]}
+    return measured
 
 
 def _make(task: study.Task, heads: int, steps: int):

@@ -79,7 +79,7 @@ def _parameters(heads: int) -> int:
 
 
 def _let_through() -> float:
-    """The share of the h in 0 … 2·d_model that do not divide it and yet are not refused by name."""
+    """The share of h in 0 … 2·d_model that do not divide d_model and are not refused by name."""
     wrong = [h for h in range(2 * D_MODEL + 1) if h == 0 or D_MODEL % h]
     missed = 0
     for heads in wrong:
@@ -122,7 +122,7 @@ def _draw(work: dict[int, tuple[float, float]], parameters: dict[int, int]) -> F
 
 
 def measure(budget: Budget) -> tuple[dict[str, Estimate], Figure]:
-    """Counts, and comparisons that hold to the last bit."""
+    """Counts, and bitwise comparisons."""
     work = {heads: _work(heads) for heads in HEADS}
     parameters = {heads: _parameters(heads) for heads in HEADS}
     errors = _shapes(budget.first_seed) | {

@@ -1,8 +1,8 @@
-"""Training many small models as one program: seeds, and where shapes allow whole sweeps.
+"""Trains many small models as one program: all seeds, and whole sweeps where shapes allow.
 
-A study compares settings. Each is trained from the same seeds (the same initial parameters where
-the shapes are the same, the same order of the data, the same dropout), so that differences are
-paired by seed.
+A study compares settings. Each is trained from the same seeds, so that differences are paired by
+seed. Equal seeds give the same order of the data, the same dropout, and, for equal shapes, the same
+initial parameters.
 """
 
 import functools
@@ -52,14 +52,14 @@ class Task(NamedTuple):
 
 
 class Trainee(NamedTuple):
-    """What is trained, and how."""
+    """A model and its optimizer."""
 
     model: Transformer
     optimizer: optax.GradientTransformation
 
 
 class Trained(NamedTuple):
-    """Settings × seeds, after training."""
+    """The result of a study: settings × seeds."""
 
     loss: np.ndarray  # [settings, seeds, steps], nats a token
     params: chex.ArrayTree  # [settings, seeds, ...]
@@ -81,7 +81,7 @@ def pronunciation() -> Task:
 
 
 def reversal(lengths: range, symbols: int = 16, seed: int = 0) -> Task:
-    """Sequences of random symbols, to be written backwards: nothing but the order matters."""
+    """The task of reversing random symbols, where only the order matters."""
     rng = np.random.default_rng(seed)
 
     def rows(count: int) -> Batch:
@@ -105,13 +105,13 @@ def reversal(lengths: range, symbols: int = 16, seed: int = 0) -> Task:
 def optimizer(
     steps: int, learning_rate: float | Array = LEARNING_RATE
 ) -> optax.GradientTransformation:
-    """The optimizer of the studies: a tenth of the steps is warm-up; the peak may be traced."""
+    """The studies' optimizer: a tenth of the steps is warm-up; the peak rate may be traced."""
     shape = cosine_schedule(1.0, steps // 10, steps)
     return make_optimizer(lambda count: learning_rate * shape(count), 1.0)
 
 
 def forward(model: Transformer, params: chex.ArrayTree, batch: Batch, **options: Any) -> Any:
-    """The model on a packed batch, the decoder fed with the right beginnings."""
+    """Runs the model on a packed batch with teacher forcing."""
     context = {name: batch[name] for name in batch if name not in ("source", "target")}
     target = shift_right(batch["target"], BOS, batch["target_positions"])
     return model.apply({"params": params}, batch["source"], target, **context, **options)
@@ -120,10 +120,10 @@ def forward(model: Transformer, params: chex.ArrayTree, batch: Batch, **options:
 def judge_batch(
     model: Transformer, params: chex.ArrayTree, batch: Batch, **options: Any
 ) -> dict[str, Array]:
-    """`loss` in nats a token, `wrong_tokens` after a right beginning, `wrong` sequences.
+    """`loss` in nats per token, and the shares of `wrong_tokens` and `wrong` sequences.
 
-    A sequence is wrong where any of its tokens is, which is where greedy decoding would not have
-    written it.
+    Tokens are predicted with teacher forcing. A sequence is wrong if any token is, which is exactly
+    where greedy decoding would produce another sequence.
     """
     logits = forward(model, params, batch, **options)
     segments = batch["target_segment_ids"]
@@ -160,7 +160,7 @@ def _orders(seeds: range, steps: int, available: np.ndarray) -> np.ndarray:
 
 
 def _mesh(models: int) -> Mesh:
-    """As many of the devices as can take an equal share of the models."""
+    """A mesh of as many devices as divide the models evenly."""
     devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if models % n == 0)
     return Mesh(np.array(devices[:count]), ("models",))
@@ -213,23 +213,23 @@ def train(
     probe: Callable[[Transformer, chex.ArrayTree, Task], dict[str, Array]] = judge,
     probe_at: tuple[int, ...] = (PIECES,),
 ) -> Trained:
-    """Trains every setting from every seed, all together under one vmap.
+    """Trains every setting from every seed under one vmap.
 
-    The devices that there are (on a CPU as many as `jax_num_cpu_devices` says) take equal shares
-    of the models, which have nothing to tell each other.
+    The models are independent and divided evenly over the devices (on a CPU there are
+    `jax_num_cpu_devices`).
 
     Args:
-      make: called with one value of each entry of `settings` by name, traced; what depends on a
-        setting may therefore be a number in the program, but no shape.
-      steps: a multiple of `PIECES`, as `Budget.steps` gives it.
+      make: called with one traced value of each entry of `settings`, by name; so a setting may
+        affect numbers of the program, but not its shapes.
+      steps: a multiple of `PIECES`, as from `Budget.steps`.
       settings: name -> values; all of one length. None: one setting, or one for each `train_rows`.
-      seeds: how many; as many as the budget says where left out.
-      train_rows: for each setting, how many of the training rows it learns from. None: all.
-      probe: looks at the parameters; whatever arrays it returns are collected.
-      probe_at: after which pieces, 0 (before training) to `PIECES`.
+      seeds: the number of seeds. None: the budget's.
+      train_rows: for each setting, the number of training rows. None: all.
+      probe: computes arrays from the parameters, which are collected.
+      probe_at: the pieces after which to probe, 0 (before training) to `PIECES`.
 
     Raises:
-      ValueError: steps that are no whole pieces, since the schedule would not end with them.
+      ValueError: steps that are not a multiple of `PIECES`.
     """
     if steps < 1 or steps % PIECES:
         raise ValueError(f"steps={steps} must be a multiple of {PIECES}")

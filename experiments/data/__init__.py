@@ -1,1 +1,1 @@
-"""What is learned from: lexicons, parallel text, vocabularies, tokens on disk, packed batches."""
+"""Training data: lexicons, parallel text, vocabularies, tokens on disk, packed batches."""

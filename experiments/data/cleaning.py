@@ -1,4 +1,4 @@
-"""Parallel text made fit to train on, with counts of what is left out."""
+"""Filters parallel text for training, and counts what is left out."""
 
 import collections
 import dataclasses
@@ -13,12 +13,12 @@ import numpy as np
 from experiments.data.text import CorpusError, Pair, chunks
 
 _CHUNK = 2**14  # pairs that are cleaned together
-_SLACK = 20  # bytes added to both lengths before they are compared: short sentences vary more
+_SLACK = 20  # bytes added to both lengths before comparison, as short sentences vary more
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a pair of sentences to train on may be."""
+    """The limits on a pair of sentences to train on."""
 
     characters: int = 2000
     """Most characters on a side. A limit in tokens follows once there is a vocabulary."""
@@ -35,7 +35,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Cleaned:
-    """How many pairs were read, and how many of them left out for what; each counts once."""
+    """The number of pairs read, and of pairs left out by reason; each pair counts once."""
 
     limits: Limits
     pairs: int = 0
@@ -46,13 +46,13 @@ class Cleaned:
     ratio: int = 0
     """One side is too much longer than the other."""
     held_out: int = 0
-    """The pair is one of the validation or test data, too."""
+    """The pair is in the validation or test data, too."""
     duplicates: int = 0
     """The same pair came before."""
     too_many_tokens: int = 0
     """More tokens than the limit, counted when the text is encoded."""
     tokens: tuple[int, int] | None = None
-    """That limit, end symbols included, of source and target."""
+    """The limit in tokens of source and target, end symbols included."""
 
     @property
     def kept(self) -> int:
@@ -79,10 +79,10 @@ class Cleaned:
 
 
 class Clean:
-    """The pairs of a corpus that are fit to train on, in order; itself a corpus.
+    """The pairs of a corpus that pass the limits, in order; itself a corpus.
 
-    Of what was seen, a hash of 64 bits is kept: 8 bytes a pair (16 at times), 80 MB for ten million
-    pairs, among which two different ones are taken for the same with a chance of 3 in a million.
+    Duplicates are found by a hash of 64 bits: 8 bytes a pair (16 at times), 80 MB for ten million
+    pairs. The chance that two different pairs among those have the same hash is 3 in a million.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Clean:
 
 
 def _fault(source: str, target: str, limits: Limits) -> str | None:
-    """The field of `Cleaned` that a pair counts for by itself, or None where it is sound."""
+    """The field of `Cleaned` that counts this pair's fault, or None where it has none."""
     if not (source.strip() and target.strip()):
         return "empty"
     if max(len(source), len(target)) > limits.characters:
@@ -130,7 +130,7 @@ def _fault(source: str, target: str, limits: Limits) -> str | None:
 def _keys(pairs: Iterable[Pair]) -> np.ndarray:
     """[N] uint64: a hash of each pair, without the whitespace around its sides."""
     digests = b"".join(
-        # No text has a NUL in it, so it parts the sides.
+        # No text contains a NUL, so it can separate the sides.
         hashlib.blake2b(f"{source.strip()}\0{target.strip()}".encode(), digest_size=8).digest()
         for source, target in pairs
     )
@@ -147,7 +147,7 @@ class _Seen:
         self._runs: list[np.ndarray] = []
 
     def add(self, keys: np.ndarray) -> np.ndarray:
-        """[N] bool: which keys are there for the first time. Adds them."""
+        """Adds the keys; returns [N] bool, which of them are new."""
         unique, first = np.unique(keys, return_index=True)
         fresh = np.ones(len(unique), bool)
         for run in self._runs:

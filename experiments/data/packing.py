@@ -1,8 +1,8 @@
-"""Packed batches: several short examples to a row, so that few slots are wasted.
+"""Packed batches: several short examples to a row, so that little padding is wasted.
 
-Grain shuffles, repeats, batches and remembers the position. The packing itself is planned once,
-in plain Python: Grain's packer takes ten times as long (7 s against 0.7 s of a core for the
-117,884 examples of CMUdict), in every epoch, on the cores that the training needs.
+Grain shuffles, repeats, batches and keeps the position. The packing is planned once, in plain
+Python: Grain's packer takes ten times as long (7 s against 0.7 s of a core for the 117,884
+examples of CMUdict), and repeats it in every epoch, on the cores that the training needs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,14 +13,14 @@ import numpy as np
 
 from experiments.data.vocabulary import PAD
 
-OPEN_ROWS = 32  # rows tried before a new one is begun; more fill hardly better
+OPEN_ROWS = 32  # rows tried before a new one is started; more rows hardly reduce the padding
 
 
 def fit_rows(lengths: Iterable[tuple[int, int]], capacity: tuple[int, int]) -> Iterator[int]:
     """Puts each example, in order, into the first open row where both its lengths fit.
 
-    Yields the row of each example, by number. The oldest row is closed when more than `OPEN_ROWS`
-    are open.
+    Yields the row number of each example. At most `OPEN_ROWS` rows are open: the oldest is closed
+    first.
 
     Raises:
       ValueError: an example longer than a row; it is never cut.
@@ -101,13 +101,13 @@ def endless_batches(
     seed: int,
     own: slice = slice(None),
 ) -> grain.DatasetIterator:
-    """`load` of `rows` of the numbers below `count` at a time, in a new order each epoch.
+    """Calls `load` on `rows` of the numbers below `count` at a time, in a new order each epoch.
 
-    `own`: which of them this process loads, where several share the batches.
+    `own`: the part of each batch that this process loads, where several share it.
     """
     numbers = grain.MapDataset.range(count).seed(seed).shuffle().repeat(None).batch(rows)
     stream = numbers.map(lambda chosen: load(chosen[own]))
-    # No reader threads: rows in memory, or mapped, are read faster than threads are asked.
+    # No reader threads: rows in memory, or mapped, are read faster than a thread is scheduled.
     return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
@@ -120,11 +120,11 @@ def packed_batches(
     seed: int,
     own: slice = slice(None),
 ) -> grain.DatasetIterator:
-    """Endless batches of `rows` of the rows of `packed_rows`, in a new order each epoch; of each
-    batch the rows `own`.
+    """Endless batches of `rows` packed rows, in a new order each epoch; of each batch the rows
+    `own`.
 
-    Which examples share a row is fixed by the seed; no example sees another, so only the mixture
-    within a batch depends on it. `get_state` and `set_state` resume exactly.
+    The seed fixes which examples share a row. Examples of a row do not attend to each other, so
+    this affects only which examples are in a batch. `get_state` and `set_state` resume exactly.
 
     Raises:
       ValueError: an example longer than a row.

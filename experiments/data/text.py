@@ -1,10 +1,9 @@
 """Parallel text, read a pair at a time.
 
-A corpus is anything that gives its (source, target) pairs each time it is iterated over, so that
-one larger than memory can be read again for each purpose. Only training text is cleaned (see
-`cleaning`). Text for validation or testing is `list(Files(…))`: no pair of it is left out, and an
-empty line in it is a sentence to be translated and scored like any other, so that the lines of all
-files keep in step.
+A corpus is an iterable of (source, target) pairs that can be iterated over several times, so that a
+corpus larger than memory can be read again. Only training text is cleaned (see `cleaning`). Text
+for validation or testing is `list(Files(…))`: no pair is left out, and an empty line is scored like
+any other sentence, so that the lines of all files correspond.
 """
 
 import dataclasses
@@ -22,16 +21,16 @@ from experiments.errors import UserError
 
 Pair = tuple[str, str]
 
-_LONGEST = 2**24  # bytes of a line: to stop at what is no text before it fills the memory
+_LONGEST = 2**24  # bytes of a line: a file without line ends must not fill the memory
 _Item = TypeVar("_Item")
 
 
 class CorpusError(UserError):
-    """What is wrong with parallel text: file, line, counts."""
+    """A fault in parallel text; the message names file and line, or gives counts."""
 
 
 def chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    """The items in lists of `size`, the last one maybe shorter."""
+    """The items in lists of `size`; the last may be shorter."""
     iterator = iter(items)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk
@@ -44,7 +43,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
     number = 0
     try:
         with path.open("rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"  # no UTF-8 begins so
+            zipped = file.read(2) == b"\x1f\x8b"  # never the start of UTF-8 text
             file.seek(0)
             stream = gzip.GzipFile(fileobj=file) if zipped else file
             # Bytes, split on \n alone: text-mode splitting also breaks at U+2028, U+0085, \x0b …
@@ -77,9 +76,9 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
 class Files:
     """A corpus in two files, one sentence a line, or in one file of lines `source<TAB>target`.
 
-    Plain or gzip (told by content), UTF-8; a byte order mark and CRLF are tolerated. Iterating
-    raises CorpusError: "path:LINE: why" for a line, "path: why" for a file as a whole, both counts
-    where two files differ in length (at their end, since they are read side by side).
+    UTF-8, plain or gzip (detected by content); a byte order mark and CRLF are tolerated. Iterating
+    raises CorpusError: "path:LINE: why" for a line, "path: why" for a file, and both counts where
+    two files differ in length (at the end, since they are read in parallel).
     """
 
     paths: tuple[Path, ...]
@@ -180,7 +179,7 @@ class Hub:
         return names
 
     def identity(self) -> dict[str, Any]:
-        """What the corpus was asked by, and its number of rows."""
+        """The name, subset and columns of the dataset, and its number of rows."""
         return dataclasses.asdict(self) | {"rows": len(self._rows)}
 
 

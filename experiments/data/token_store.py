@@ -1,10 +1,9 @@
 """Token ids on disk, written once and mapped into memory, and packed batches of them.
 
-A store is a folder: the ids of all sentences of a side in a row, where each begins, and a manifest
-with the SHA-256 of each file and with what the store was made from. The system reads and drops the
-pages of such files as it sees fit. What stays in memory in a training is 4 bytes for each pair and
-8 for each packed row; the plan of the rows takes 24 bytes a pair for a while: 240 MB for ten
-million pairs.
+A store is a folder. For each side it has the concatenated ids of all sentences and the offset of
+each. A manifest has the SHA-256 of each file and a record of what the store was made from. The
+system loads and drops pages of the mapped files as needed. A training keeps 4 bytes per pair and 8
+per packed row in memory; planning the rows takes 24 bytes per pair: 240 MB for ten million pairs.
 """
 
 import contextlib
@@ -39,7 +38,7 @@ _FORMAT = 1
 
 
 class StoreError(UserError):
-    """What is wrong with a store: the folder, and the file or the fact."""
+    """A fault in a store; the message names the folder, and the file or the fact."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +90,7 @@ def made_from(
     tokens: tuple[int, int],
     corpora: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All that decides what is in a store, as JSON; `corpora` tells the text (its SHA-256s)."""
+    """All that decides the content of a store, as JSON; `corpora` has the SHA-256s of the text."""
     facts = {
         "format": _FORMAT,
         "corpora": dict(corpora),
@@ -110,12 +109,12 @@ def write_store(
     tokens: tuple[int, int],
     corpora: Mapping[str, Any],
 ) -> Store:
-    """Encodes a corpus into `folder`, whose earlier content goes once the new one is complete.
+    """Encodes a corpus into `folder`; earlier content is replaced once the new one is complete.
 
     Args:
       tokens: the most ids of a source and of a target, end symbols included; pairs with more are
         left out and counted in `facts["cleaned"]`.
-      corpora: what the corpus is, and what was held out of it (the `identity()` of each).
+      corpora: the `identity()` of the corpus and of the texts held out of it.
 
     Raises:
       CorpusError: of the corpus, or no pair is left.
@@ -124,7 +123,7 @@ def write_store(
     facts = {"made_from": made_from(clean, source, target, tokens, corpora)}
     partial = folder.with_name(folder.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process cut off
+        shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted process
         partial.mkdir(parents=True)
         facts |= _encode(partial, clean, (source, target), tokens)
         write_manifest(partial, facts)
@@ -145,10 +144,10 @@ def _id_type(vocabulary: Subwords) -> np.dtype:
 def _encode(
     folder: Path, clean: Clean, vocabularies: tuple[Subwords, Subwords], tokens: tuple[int, int]
 ) -> dict[str, Any]:
-    """Writes ids and offsets of both sides; returns the facts that this brings to light."""
+    """Writes ids and offsets of both sides; returns the counts, longest lengths and id types."""
     most, longest = np.array(tokens), np.zeros(2, np.int64)
     ends, pairs = np.zeros(2, np.int64), 0
-    known = clean.cleaned.kept or None  # where it was read through before, for the vocabulary
+    known = clean.cleaned.kept or None  # known if the corpus was read before, for the vocabulary
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(ProgressBar("encoding pairs", known, first_counts=True))
         ids, offsets = (
@@ -159,14 +158,14 @@ def _encode(
             file.write(np.zeros(1, _OFFSET).tobytes())
         for chunk in chunks(clean, _CHUNK):
             texts = zip(*chunk, strict=True)
-            found = [v.encode_all(side) for v, side in zip(vocabularies, texts, strict=True)]
-            lengths = np.array([[len(s) for s in side] for side in found])  # [2, pairs]
+            encoded = [v.encode_all(side) for v, side in zip(vocabularies, texts, strict=True)]
+            lengths = np.array([[len(s) for s in side] for side in encoded])  # [2, pairs]
             fits = (lengths <= most[:, None]).all(axis=0)
             lengths = lengths[:, fits]
             pairs += lengths.shape[1]
             longest = np.maximum(longest, lengths.max(axis=1, initial=0))
             for i, vocabulary in enumerate(vocabularies):
-                kept = [id for j in np.flatnonzero(fits) for id in found[i][j]]
+                kept = [id for j in np.flatnonzero(fits) for id in encoded[i][j]]
                 ids[i].write(np.array(kept, _id_type(vocabulary)).tobytes())
                 offsets[i].write((ends[i] + np.cumsum(lengths[i])).astype(_OFFSET).tobytes())
             ends += lengths.sum(axis=1)
@@ -185,20 +184,20 @@ def _encode(
 
 
 def open_store(folder: Path, expected: Mapping[str, Any] | None = None) -> Store:
-    """The store in a folder, after comparing every byte with its manifest.
+    """Opens a store, after comparing every byte with its manifest.
 
     Args:
-      expected: `made_from` of the store that is wanted. None: whatever it holds.
+      expected: `made_from` that the store must have. None: any.
 
     Raises:
-      StoreError: naming the file that is missing, changed or no part of it, or what the store was
-        made from instead.
+      StoreError: naming a file that is missing, changed or unknown, or the part of `expected` that
+        differs.
     """
     try:
         facts = verify_manifest(folder)
-        found = facts["made_from"]
-        for name, value in (expected or found).items():
-            if name not in found or found[name] != value:
+        recorded = facts["made_from"]
+        for name, value in (expected or recorded).items():
+            if name not in recorded or recorded[name] != value:
                 raise StoreError(f"{folder}: made from other {name.replace('_', ' ')}")
         sides = [
             Side(
@@ -219,7 +218,7 @@ def open_store(folder: Path, expected: Mapping[str, Any] | None = None) -> Store
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    # As a plain array, whose slices are made four times as fast as those of np.memmap.
+    # As a plain array, which is sliced four times as fast as np.memmap.
     return np.asarray(np.memmap(path, dtype, mode="r"))
 
 
@@ -231,7 +230,9 @@ def fetch_store(
     tokens: tuple[int, int],
     corpora: Mapping[str, Any],
 ) -> tuple[Store, str]:
-    """(the store in `folder`, ""), or (one written anew, why): none there, damaged, or foreign.
+    """Opens the store in `folder`, or writes it where it is missing, damaged, or of other data.
+
+    Returns the store, and why it was written ("" where it was opened).
 
     Raises:
       CorpusError, StoreError: as `write_store`.
@@ -269,9 +270,9 @@ class Plan:
 
 
 def plan_rows(store: Store, *, source_length: int, target_length: int, seed: int) -> Plan:
-    """Packs all pairs, in an order drawn by the seed, into rows of S source and T target ids.
+    """Packs all pairs, in a random order by the seed, into rows of S source and T target ids.
 
-    It reads where sentences begin, and no text: about a second for each million pairs.
+    It reads the offsets only, not the ids: about a second per million pairs.
 
     Raises:
       ValueError: a sentence longer than a row; it is never cut.
@@ -305,7 +306,7 @@ def stored_batches(
 ) -> grain.DatasetIterator:
     """Endless batches of `rows` of the plan's rows, in a new order each epoch.
 
-    As `packing.packed_batches` of the same pairs and seed, batch for batch, but read from disk:
+    The same batches as `packing.packed_batches` of the same pairs and seed, but read from disk:
     int32 [rows, S] `source`, `source_segment_ids`, `source_positions`, and [rows, T] of the target.
     `get_state` and `set_state` resume exactly.
     """

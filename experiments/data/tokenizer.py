@@ -1,4 +1,4 @@
-"""What turns text into ids and back: symbols of a vocabulary, or SentencePiece's (`Subwords`)."""
+"""Tokenizers: text to ids and back, by symbols of a vocabulary or by SentencePiece (`Subwords`)."""
 
 import dataclasses
 import functools
@@ -14,11 +14,11 @@ SHOWN = 60  # characters of a text in a message
 
 
 class InputError(UserError):
-    """Why a text cannot be encoded."""
+    """A text cannot be encoded; the message says why."""
 
 
 def shown(text: str) -> str:
-    """`text` as a message shows it: quoted, and cut where it is long."""
+    """`text` for a message: quoted, and truncated where it is long."""
     return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}…"
 
 
@@ -27,11 +27,11 @@ class Tokenizer(Protocol):
 
     @property
     def bos(self) -> int:
-        """The id that a target begins with."""
+        """The id of the start symbol."""
 
     @property
     def eos(self) -> int:
-        """The id that every text ends in."""
+        """The id of the end symbol."""
 
     @property
     def size(self) -> int:
@@ -39,10 +39,10 @@ class Tokenizer(Protocol):
 
     @property
     def sha256(self) -> str:
-        """SHA-256 (hex) of all that the ids mean."""
+        """SHA-256 (hex) of the whole vocabulary; equal where all ids mean the same."""
 
     def check(self, text: str) -> None:
-        """Raises InputError where `text` has what no id stands for."""
+        """Raises InputError where `text` is empty or has a symbol without an id."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, then `eos`; InputError as `check`."""
@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
         """The text of the ids up to the first `eos`."""
 
     def to_pieces(self, ids: Iterable[int]) -> list[str]:
-        """What each id stands for, special ones too."""
+        """The piece of each id, special ones included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Symbols:
 
     vocabulary: Vocabulary
     spaced: bool = False
-    """Symbols stand apart by spaces. False: each character is one, in lower case."""
+    """Symbols are separated by spaces. False: each character is a symbol, in lower case."""
 
     bos, eos = BOS, EOS
 

@@ -13,7 +13,7 @@ _FIRST = 3  # the id of the first symbol, after the three special ids
 class Vocabulary:
     """A bijection between symbols and the ids 3, 4, …; 0, 1, 2 are <pad>, <s>, </s>.
 
-    Raises ValueError where a symbol stands twice, since its id would not be unique.
+    Raises ValueError where a symbol is repeated, since its id would not be unique.
     """
 
     symbols: tuple[str, ...]
@@ -59,7 +59,7 @@ class Vocabulary:
         return symbol in self._ids
 
     def piece(self, i: int) -> str:
-        """What an id stands for; ValueError for an unknown one."""
+        """The symbol of an id; ValueError for an unknown id."""
         if not 0 <= i < self.size:
             raise ValueError(f"id {i} is outside the vocabulary of size {self.size}")
         return SPECIAL[i] if i < _FIRST else self.symbols[i - _FIRST]

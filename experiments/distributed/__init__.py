@@ -1,1 +1,1 @@
-"""Training over several processes, on JAX's own runtime between them."""
+"""Training over several processes with JAX's distributed runtime."""

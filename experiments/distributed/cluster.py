@@ -1,4 +1,4 @@
-"""Starting a run over several processes: which of them this one is, and JAX between them."""
+"""Joins a run of several processes: finds this process's number and starts JAX's runtime."""
 
 import dataclasses
 import importlib.util
@@ -60,7 +60,7 @@ class ClusterConfig:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """`node1:1234` or `[::1]:1234` in two; ValueError where it is neither."""
+    """Splits `node1:1234` or `[::1]:1234`; ValueError where the text has neither form."""
     host, colon, port = address.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not colon or not bare or (bare == host and ":" in host):
@@ -71,13 +71,13 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 
 def environment_tells() -> str | None:
-    """The cluster of more than one process that the environment shows, by its name."""
+    """The name of the cluster that the environment variables show, if it has several processes."""
     tells = os.environ
 
     def many(name: str) -> bool:
         return tells.get(name, "").isdecimal() and int(tells[name]) > 1
 
-    # A batch script has no step of its own, and is one process however many tasks it may start.
+    # A Slurm batch script outside `srun` has no step, and is a single process.
     if many("SLURM_NTASKS") and {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= tells.keys():
         return "Slurm"
     if many("OMPI_COMM_WORLD_SIZE") and "OMPI_MCA_orte_hnp_uri" in tells:
@@ -85,28 +85,30 @@ def environment_tells() -> str | None:
     hosts = tells.get("TPU_PROCESS_ADDRESSES") or tells.get("TPU_WORKER_HOSTNAMES", "")
     if "," in hosts or many("MEGASCALE_NUM_SLICES"):
         return "Cloud TPU"
-    # Where no variable says it, the machine of a TPU has a server that knows. On others JAX has set
-    # the variable that says not to ask.
+    # Without variables a TPU machine asks its metadata server. On other machines JAX has set the
+    # variable that skips the query.
     served = not hosts and "TPU_SKIP_MDS_QUERY" not in tells
     if served and importlib.util.find_spec("libtpu"):
         return TPU_MACHINE
-    # JAX asks the Kubernetes API how many there are, through the package `kubernetes`.
+    # JAX gets the number of processes from the Kubernetes API, through the package `kubernetes`.
     indexed = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= tells.keys()
     return "Kubernetes" if indexed else None
 
 
 def _shares_its_machine() -> bool:
-    """Whether other processes of the run are on this machine, as Slurm and Open MPI tell."""
+    """Whether Slurm or Open MPI runs several of the processes on this machine."""
     tells = os.environ
-    told = tells.get("SLURM_STEP_TASKS_PER_NODE", tells.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""))
-    return any(int(tasks) > 1 for tasks in re.findall(r"(?:^|,)(\d+)", told))  # 2(x3),1
+    tasks_per_node = tells.get(
+        "SLURM_STEP_TASKS_PER_NODE", tells.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
+    )
+    return any(int(tasks) > 1 for tasks in re.findall(r"(?:^|,)(\d+)", tasks_per_node))  # 2(x3),1
 
 
 def _where(config: ClusterConfig) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` needs to know; None where this process is alone.
+    """Arguments of `jax.distributed.initialize`; None where there is a single process.
 
-    Without flags JAX reads the environment, but for the devices: it would give each task of Slurm
-    and Open MPI one, alone on its machine or not. An empty list means all of them.
+    Without flags JAX reads the environment. It would give each task of Slurm and Open MPI one
+    device, even a task alone on its machine; an empty list gives it all devices.
     """
     if config.num_processes == 1:
         return None
@@ -117,7 +119,7 @@ def _where(config: ClusterConfig) -> dict[str, Any] | None:
     host, port = host_and_port(config.coordinator)
     if config.process_id == 0:
         _check_free(port)
-    # Proxies are for the web. With this one JAX need not warn of them.
+    # The coordinator is never behind a web proxy; excluded, JAX need not warn about proxies.
     name = "no_grpc_proxy" if "no_grpc_proxy" in os.environ else "no_proxy"
     os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
     jax.config.update("jax_check_proxy_envs", False)
@@ -130,7 +132,7 @@ def _where(config: ClusterConfig) -> dict[str, Any] | None:
 
 
 def _check_free(port: int) -> None:
-    """Raises ProcessError where `port` is taken: JAX's coordinator would crash without a word."""
+    """Raises ProcessError where `port` is taken: JAX's coordinator would crash silently."""
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
@@ -141,18 +143,18 @@ def _check_free(port: int) -> None:
 
 
 def start(config: ClusterConfig, folder: Path) -> Processes:
-    """Waits for the other processes, and starts JAX between them; before any computation.
+    """Starts JAX's distributed runtime, once all processes are there; before any computation.
 
-    folder: of the run, which all of them see.
+    folder: the run folder, which all processes see.
 
-    Raises ProcessError where the environment shows a cluster that JAX cannot make out. Where the
-    processes do not find each other in time this one ends with exit code 2 and one line, since JAX
-    would abort with a C++ stack trace.
+    Raises ProcessError where the environment shows a cluster that JAX does not understand. After
+    the connect time-out the process exits with code 2 and one line, since JAX would abort with a
+    C++ stack trace.
     """
     where = _where(config)
     if where is None:
         return Processes(folder)
-    # Ours is the handler of SIGTERM, and the agreement on the step to stop at.
+    # `StopSignal` handles SIGTERM, and the processes agree on the step to stop at.
     jax.config.update("jax_enable_preemption_service", False)
     giving_up = threading.Timer(config.connect_timeout, _give_up, [config])
     giving_up.daemon = True
@@ -160,16 +162,16 @@ def start(config: ClusterConfig, folder: Path) -> Processes:
     try:
         jax.distributed.initialize(
             **where,
-            initialization_timeout=2 * config.connect_timeout + 60,  # ours comes first
+            initialization_timeout=2 * config.connect_timeout + 60,  # `_give_up` comes first
             heartbeat_timeout_seconds=config.heartbeat_timeout,
             shutdown_timeout_seconds=config.stall_timeout,
         )
-    except Exception as error:  # whatever the cluster's own interface has to say
+    except Exception as error:  # any error of the cluster's own interface
         why = " ".join(str(error).split())
         if config.coordinator is not None:
             raise ProcessError(f"JAX cannot start at {config.coordinator}: {why}") from None
         cluster = environment_tells()
-        if cluster == TPU_MACHINE:  # no server there: a notebook of somebody's, on one machine
+        if cluster == TPU_MACHINE:  # no metadata server: one machine, a notebook
             return Processes(folder)
         raise ProcessError(
             f"the environment tells of a cluster ({cluster}) that JAX cannot make out ({why}): "
@@ -181,10 +183,11 @@ def start(config: ClusterConfig, folder: Path) -> Processes:
 
 
 def _give_up(config: ClusterConfig) -> None:
-    told = f"at {config.coordinator} " if config.coordinator else ""
-    which = "the others" if config.process_id == 0 else "process 0 and the others"
+    place = f"at {config.coordinator} " if config.coordinator else ""
+    missing = "the others" if config.process_id == 0 else "process 0 and the others"
+    seconds = f"{config.connect_timeout} s (--connect-timeout)"
     line = (
-        f"error: waited {config.connect_timeout} s (--connect-timeout) for {which} {told}in vain: "
+        f"error: waited {seconds} for {missing} {place}in vain: "
         "check that each process was started, with the same coordinator and number of processes, "
         "and that its port is open\n"
     )

@@ -1,4 +1,4 @@
-"""The processes of a run, as each sees the others: what they compare, wait for, and end by."""
+"""The processes of a run: how they compare values, wait for each other, and end."""
 
 import contextlib
 import faulthandler
@@ -22,8 +22,8 @@ from experiments.checkpoints.run_folder import write_text
 from experiments.errors import UserError, exit_code, told_in_one_line
 from experiments.training.stopping import Stopped
 
-# What stands in an error of JAX or Orbax when another process does not answer. The heartbeat says
-# so too, but maybe only a minute later.
+# Words in an error of JAX or Orbax that mean that another process does not answer. The heartbeat
+# reports it too, but perhaps a minute later.
 _WAITS_IN_VAIN = re.compile("Gloo|NCCL|barrier|coordination service", re.IGNORECASE)
 GO_ON = "the same command goes on from the newest checkpoint"
 
@@ -33,9 +33,9 @@ class ProcessError(UserError):
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process brings, by number, in every process; `value` is what JSON can say."""
+    """The JSON values of all processes, by process number; every process must call it."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    # All must bring arrays of one shape: so lengths first.
+    # An all-gather needs arrays of one shape, so the lengths come first.
     lengths = multihost_utils.process_allgather(np.int32(text.size))
     padded = np.pad(text, (0, lengths.max() - text.size))
     pairs = zip(multihost_utils.process_allgather(padded), lengths, strict=True)
@@ -43,27 +43,26 @@ def gather(value: Any) -> list[Any]:
 
 
 class Processes:
-    """Those that train together, each at the same point of the program. Alone, nothing waits.
+    """The processes of one training, which all make the same calls. A single one never waits.
 
-    JAX ends a process, by an abort that says so, where another is lost: killed, silent for the
-    heartbeat time-out, or gone with an error. A process that stands still in a step prints where
-    and ends (`watch`).
+    JAX aborts a process when another is lost: killed, silent for the heartbeat time-out, or ended
+    by an error. A process that hangs in a step prints its stacks and exits (`watch`).
     """
 
     def __init__(self, folder: Path = Path(), stall_timeout: float = 600) -> None:
         self.count = jax.process_count() if jax.distributed.is_initialized() else 1
         self.is_first = self.count == 1 or jax.process_index() == 0
-        """Whether this is process 0, which alone writes and speaks."""
+        """Whether this is process 0, which alone writes and prints."""
         self._stall_timeout = stall_timeout
         self._arrived = folder / ".arrived"
-        """How often process 0 has come to where the others wait for it, and in which sitting."""
+        """Where process 0 writes the session's id and the number of waits that it has reached."""
         self._sitting, self._times = self.from_first(uuid.uuid4().hex), 0
 
     def from_first(self, value: Any = None, slow: bool = False) -> Any:
-        """Process 0's `value`, which JSON can say, in every process; tuples arrive as lists.
+        """Broadcasts process 0's `value`, a JSON value, to every process; tuples become lists.
 
-        slow: process 0 may have long been busy, so the others wait for a file in the run folder
-          before they go into a collective, which may give up.
+        slow: process 0 may be busy for long. The others wait for a file in the run folder before
+          they enter the collective, which would time out.
         """
         if self.count == 1:
             return json.loads(json.dumps(value))
@@ -86,43 +85,45 @@ class Processes:
         return sitting == self._sitting and int(times) >= self._times
 
     def check_equal(self, what: str, value: dict[str, Any], most: int = 8) -> None:
-        """Raises ProcessError in every process where one's `value` is not process 0's."""
+        """Raises ProcessError in every process if one's `value` differs from process 0's."""
         if self.count == 1:
             return
         first, *others = gather(value)
-        told = []
+        messages = []
         for number, other in enumerate(others, start=1):
             if fields := differences(first, other):
                 more = f"; and {len(fields) - most} more" if len(fields) > most else ""
-                told.append(
+                messages.append(
                     f"process {number} differs from process 0 in {what} (process 0 -> it): "
                     f"{'; '.join(fields[:most])}{more}"
                 )
-        if told:
-            raise ProcessError(told[0] + (f"; so do {len(told) - 1} more" if told[1:] else ""))
+        if messages:
+            raise ProcessError(
+                messages[0] + (f"; so do {len(messages) - 1} more" if messages[1:] else "")
+            )
 
     def watch(self) -> None:
-        """From now on, and anew with each call: after the stall time-out without another call this
-        process prints the stack of each of its threads, and ends. Alone it may take its time."""
+        """Starts or restarts the stall timer. When it expires, the process prints each thread's
+        stack and exits. A single process has no timer."""
         if self.count > 1:
             faulthandler.dump_traceback_later(self._stall_timeout, exit=True)
 
     def unwatch(self) -> None:
-        """From now on this process may take as long as it likes."""
+        """Stops the stall timer."""
         if self.count > 1:
             faulthandler.cancel_dump_traceback_later()
 
     @contextlib.contextmanager
     def ending_together(self) -> Iterator[None]:
-        """Around all that they do: at its end all leave JAX together.
+        """Wraps all work of the processes; at its end all shut JAX's runtime down together.
 
-        An error is printed, and ends the process at once with its exit code: the end of Python
-        would wait for the others, and JAX there blame one that is well.
+        An error is printed, and ends the process at once with its exit code. A normal exit of
+        Python would wait for the other processes, and JAX would blame a healthy one.
         """
         try:
             yield
             self.from_first(slow=True)  # process 0 may translate and report for long
-        except Stopped:  # all of them have
+        except Stopped:  # all processes have stopped
             self._close()
             raise
         except BaseException as error:
@@ -139,7 +140,7 @@ class Processes:
 
 
 def _leave(error: BaseException) -> NoReturn:
-    """Prints the error as the end of Python would, and ends the process without that."""
+    """Prints the error as Python would, and exits without Python's clean-up."""
     lost = _WAITS_IN_VAIN.search(str(error))
     if isinstance(error, told_in_one_line()):
         print(f"error: {error}", file=sys.stderr)

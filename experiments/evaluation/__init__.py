@@ -1,1 +1,1 @@
-"""What an answer is worth: edit distance, error rates, BLEU and chrF."""
+"""Scores of hypotheses: edit distance, error rates, BLEU and chrF."""

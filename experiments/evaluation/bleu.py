@@ -8,10 +8,10 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
 RESAMPLES = 1000
-_SEED = 12345  # sacrebleu's own default; a variable of the environment would change it there
+_SEED = 12345  # sacrebleu's default, which an environment variable could change
 
 Tokenize = Literal["13a", "intl", "zh", "char", "none"]
-"""How BLEU parts words: those of sacrebleu's ways that need no further package and no download."""
+"""sacrebleu's tokenizers that need no further package and no download."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Measure:
     half_width: float
     """Half the width of the interval that holds 95 % of the resamples."""
     signature: str
-    """What it takes to compute the same number again."""
+    """sacrebleu's signature: the settings that reproduce the number."""
 
     def __str__(self) -> str:
         return f"{self.score:.2f} ({self.mean:.2f} ± {self.half_width:.2f}) {self.signature}"
@@ -37,7 +37,7 @@ class Measure:
 def bleu(
     hypotheses: Sequence[str], references: Sequence[str], tokenize: Tokenize = "13a"
 ) -> Measure:
-    """BLEU of plain text, which sacrebleu parts into words itself: comparable between papers.
+    """BLEU of plain text, tokenized by sacrebleu: comparable between papers.
 
     "13a" is for languages with spaces, "zh" for Chinese, "char" for others without spaces.
 
@@ -48,7 +48,7 @@ def bleu(
 
 
 def bleu_pretokenized(hypotheses: Sequence[str], references: Sequence[str]) -> Measure:
-    """BLEU of the words as spaces part them in the text: not comparable with `bleu`.
+    """BLEU of text that is split at spaces alone: not comparable with `bleu`.
 
     Raises:
       ValueError: as `bleu`.
@@ -70,18 +70,18 @@ def _measure(metric: BLEU | CHRF, hypotheses: Sequence[str], references: Sequenc
         raise ValueError(f"{len(hypotheses)} hypotheses, but {len(references)} references")
     if not hypotheses:
         raise ValueError("there are no sentences to score")
-    # By parts, since `corpus_score` holds all resamples at once: 72 kB for each sentence.
+    # Not `corpus_score`, which holds all resamples at once: 72 kB per sentence.
     statistics = metric._extract_corpus_statistics(list(hypotheses), [list(references)])
-    found = metric._aggregate_and_compute(statistics)
+    result = metric._aggregate_and_compute(statistics)
     counts, rng = np.array(statistics, np.float32), np.random.default_rng(_SEED)
     resampled = [
         metric._compute_score_from_stats(counts[rng.choice(len(counts), len(counts))].sum(0))
         for _ in range(RESAMPLES)
     ]
     if {type(one.score) for one in resampled} >= {float, np.float32}:
-        for one in resampled:  # the library cannot mix the two, and a zero of its own is a float
+        for one in resampled:  # sacrebleu cannot mix the two types, and returns a zero as a float
             one.score = float(one.score)
-    found.estimate_ci(resampled)
+    result.estimate_ci(resampled)
     metric.n_bootstrap, metric.seed = RESAMPLES, str(_SEED)  # for the signature
-    figures = map(float, (found.score, found._mean, found._ci))
+    figures = map(float, (result.score, result._mean, result._ci))
     return Measure(*figures, str(metric.get_signature()))

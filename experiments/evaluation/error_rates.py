@@ -1,4 +1,4 @@
-"""Edit distance, and the error rates and confusions that are made of it."""
+"""Edit distance, and the error rates and confusions based on it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def closest_reference(
 def _check_pairs(
     hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> None:
-    """ValueError where the two differ in number, are empty, or a word has no reference."""
+    """ValueError where the lengths differ, there are no words, or a word has no reference."""
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses, but {len(references)} words to score")
     if not references or not all(references):
@@ -93,7 +93,7 @@ def phone_error_rate(
 def confusions(
     hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> Counter[tuple[str, str]]:
-    """How often each (reference, hypothesis) pair of unequal phones was aligned; ∅ for a gap."""
+    """The count of each aligned (reference, hypothesis) pair of unequal phones; ∅ is a gap."""
     _check_pairs(hypotheses, references)
     counts: Counter[tuple[str, str]] = Counter()
     for hypothesis, alternatives in zip(hypotheses, references, strict=True):

@@ -1,3 +1,3 @@
-"""Trained models at work: words pronounced, sentences translated, pairs scored."""
+"""Inference with trained models: pronounce words, translate sentences, score pairs."""
 
 from experiments.inference.saved import load as load

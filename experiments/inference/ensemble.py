@@ -1,4 +1,4 @@
-"""Several models as one."""
+"""Ensembles: several models as one predictor."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from experiments.inference.search import Mean
 
 
 class EnsembleError(UserError):
-    """Why models cannot work together."""
+    """The models cannot form an ensemble."""
 
 
 def ensemble(members: Sequence[tuple[str, Predictor]], mean: Mean = "log_linear") -> Predictor:
-    """Named predictors as one, under the first's settings and the least of their lengths.
+    """Joins named predictors, with the settings of the first and the shortest lengths of all.
 
     Raises:
-      EnsembleError: names the first whose vocabularies are not those of the first of all.
+      EnsembleError: names the first predictor with other vocabularies than the first one.
     """
     (first_name, first), *others = members
     for name, other in others:

@@ -1,4 +1,4 @@
-"""What a model answers: hypotheses, and how likely it finds given targets."""
+"""Results of inference: hypotheses, and the log-probabilities of given targets."""
 
 import dataclasses
 import itertools
@@ -8,37 +8,37 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """A target that a model makes of a source. Of a source in parts, `parts` are theirs."""
+    """A target. Where a source was taken in parts, `parts` has their hypotheses."""
 
     text: str
     ids: tuple[int, ...]
     """Its tokens, each part's end symbol included."""
     score: float
-    """What hypotheses are ranked by: ln P / lp(n); of a sample, ln P. Of parts, the sum."""
+    """The ranking score: ln P / lp(n); for a sample, ln P; for parts, the sum."""
     log_prob: float
     """ln P(tokens | source), forced tokens included."""
     ended: bool = True
-    """False where no end symbol came within the most tokens that a target may have."""
+    """False where there was no end symbol within the longest target."""
     parts: tuple["Hypothesis", ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A given target, with its probabilities."""
+    """A given target with the model's log-probabilities."""
 
     ids: tuple[int, ...]
     """Its tokens, the end symbol included."""
     log_probs: tuple[float, ...]
-    """ln P of each, given the source and those before it."""
+    """ln P of each token, given the source and the tokens before it."""
 
     @property
     def log_prob(self) -> float:
-        """ln P of all."""
+        """ln P of the whole target."""
         return math.fsum(self.log_probs)
 
 
 def joined(parts: Sequence[Hypothesis]) -> Hypothesis:
-    """The target of a source out of those of its parts."""
+    """Joins the targets of a source's parts."""
     if len(parts) == 1:
         return parts[0]
     return Hypothesis(
@@ -51,17 +51,17 @@ def joined(parts: Sequence[Hypothesis]) -> Hypothesis:
     )
 
 
-def best_of_parts(found: Sequence[list[Hypothesis]], n: int) -> list[Hypothesis]:
-    """The n best targets of a source, each part's in any rank, by the sum of the scores."""
-    best: list[tuple[float, tuple | None]] = [(0.0, None)]  # (score, (what came before, the last))
-    for hypotheses in found:
+def best_of_parts(parts: Sequence[list[Hypothesis]], n: int) -> list[Hypothesis]:
+    """The n combinations of the parts' hypotheses with the largest sum of scores."""
+    best: list[tuple[float, tuple | None]] = [(0.0, None)]  # (score, (chain before, last))
+    for hypotheses in parts:
         longer = [(score + h.score, (before, h)) for score, before in best for h in hypotheses]
         best = sorted(longer, key=lambda one: -one[0])[:n]
     return [joined(_in_order(last)) for _, last in best]
 
 
 def _in_order(last: tuple | None) -> list[Hypothesis]:
-    """The hypotheses of a chain of (what came before, the last)."""
+    """The hypotheses of a chain (chain before, last hypothesis), first to last."""
     parts = []
     while last is not None:
         last, hypothesis = last
@@ -70,5 +70,5 @@ def _in_order(last: tuple | None) -> list[Hypothesis]:
 
 
 def pharaoh(links: Sequence[tuple[int, int]]) -> str:
-    """An alignment as the field writes it: `i-j` for source piece i and target piece j."""
+    """An alignment in the Pharaoh format: `i-j` for source piece i and target piece j."""
     return " ".join(f"{i}-{j}" for i, j in links)

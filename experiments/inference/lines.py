@@ -1,4 +1,4 @@
-"""Lines on standard input, answers on standard output: what predict and score share."""
+"""Reads lines of standard input and writes answers to standard output, for predict and score."""
 
 import collections
 import io
@@ -18,11 +18,11 @@ LONGEST = 1 << 20  # bytes of a line; a longer one is refused
 
 
 class LineError(UserError):
-    """What is wrong with one line."""
+    """One line cannot be processed; the message says why."""
 
 
 def lines_of(stream: BinaryIO, longest: int) -> Iterator[bytes]:
-    """The lines of a stream, split at \\n alone; of one longer than `longest` the beginning."""
+    """The lines of a stream, split at \\n only; a line over `longest` bytes is truncated."""
     while line := stream.readline(longest):
         rest = line
         while len(rest) == longest and not rest.endswith(b"\n"):
@@ -31,15 +31,15 @@ def lines_of(stream: BinaryIO, longest: int) -> Iterator[bytes]:
 
 
 class Tally(collections.Counter):
-    """Says what is wrong with a line on standard error, and counts what was said."""
+    """Reports problems with lines on standard error, and counts them by kind."""
 
     def tell(self, number: int, why: str, kind: str) -> None:
-        """One line of standard error; `kind` says in the summary what so many lines were."""
+        """Prints a problem with a line, and counts it under `kind` for the summary."""
         print(f"line {number}: {why}", file=sys.stderr)
         self[kind] += 1
 
     def sum_up(self) -> None:
-        """A line for each kind on standard error."""
+        """Prints the count of each kind on standard error."""
         for kind, count in self.items():
             print(f"{count} {'line' if count == 1 else 'lines'} {kind}", file=sys.stderr)
 
@@ -52,14 +52,14 @@ def text_of(number: int, line: bytes) -> str:
     if len(line) >= LONGEST:
         raise LineError(f"longer than {LONGEST} bytes")
     try:
-        # utf-8-sig: a byte order mark before the first word is no letter of it.
+        # utf-8-sig drops a byte order mark before the first word.
         return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError:
         raise LineError("invalid UTF-8") from None
 
 
 def chunks(lines: Iterable[bytes], at_once: int) -> Iterator[list[tuple[int, bytes]]]:
-    """Numbered lines, at most `at_once` together, and few where they are long."""
+    """Chunks of at most `at_once` numbered lines, and fewer where the lines are long."""
     numbered = enumerate(lines, start=1)
     for first in numbered:
         chunk, size = [first], len(first[1])
@@ -72,12 +72,12 @@ def chunks(lines: Iterable[bytes], at_once: int) -> Iterator[list[tuple[int, byt
 
 
 def one_line(text: str) -> str:
-    """`text` with spaces for what would begin another line or column."""
+    """`text` with spaces in the place of line ends and tabs."""
     return text.translate(dict.fromkeys(map(ord, "\r\n\t"), " "))
 
 
 def lines_ahead(stream: BinaryIO) -> int | None:
-    """How many lines a file still has; None where it is no file that can be looked ahead in."""
+    """The number of lines left in a file; None where the stream is not a seekable file."""
     try:
         descriptor = stream.fileno()
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -94,13 +94,13 @@ Answers = Callable[[list[tuple[int, bytes]], Tally, Callable[[int], None]], Iter
 
 
 def serve(verb: str, answers: Answers, lines: Iterable[bytes], at_once: int) -> None:
-    """Writes the answers to each chunk of lines to standard output, as soon as they are there.
+    """Writes the answers to each chunk of lines to standard output, and flushes them.
 
-    A chunk is of `at_once` lines at most; a person at a terminal gets each answer at once.
+    A chunk has at most `at_once` lines, and a single one where a person types at a terminal.
     """
     at_once = 1 if sys.stdin.isatty() else at_once
-    output, tally = sys.stdout.buffer, Tally()  # UTF-8 whatever the locale: the input is UTF-8 too
-    # On a terminal the answers themselves show how far it is.
+    output, tally = sys.stdout.buffer, Tally()  # bytes: UTF-8 in every locale
+    # No bar where the answers go to a terminal, since they show the progress.
     with ProgressBar(verb, lines_ahead(sys.stdin.buffer), silent=sys.stdout.isatty()) as bar:
         for chunk in chunks(lines, at_once):
             text = "".join(f"{answer}\n" for answer in answers(chunk, tally, bar.advance))

@@ -1,4 +1,4 @@
-"""Words or sentences on standard input, what a model makes of them on standard output."""
+"""The predict command: words or sentences on standard input, answers on standard output."""
 
 import contextlib
 import dataclasses
@@ -22,19 +22,19 @@ from experiments.inference.predict_config import PredictConfig
 from experiments.inference.predictor import Predictor
 from experiments.inference.saved import load_together
 
-FULL_BATCHES = 16  # of lines read at once: sorted by length within, and little to hold
+FULL_BATCHES = 16  # read at once, to sort lines by length; few, to save memory
 LEFT_EMPTY = "left empty"
 IN_PARTS = "longer than the model was trained for, and translated in parts"
 WITHOUT_END = "whose answer had no end within the most tokens"
 
 
 class PrefixError(UserError):
-    """Why a file of prefixes cannot serve."""
+    """A file of prefixes does not fit the input."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What is asked of the model by a line of input; nothing where it is blank, or refused."""
+    """A line of input as the model gets it; its text is empty where it is blank or refused."""
 
     number: int
     text: str
@@ -42,7 +42,7 @@ class Line:
 
 
 class Prefixes:
-    """The lines of a file, in step with those of the input. Use as a context manager."""
+    """Reads one prefix for each line of input. Use as a context manager."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._count = path, 0
@@ -59,7 +59,7 @@ class Prefixes:
         self._file.close()
 
     def next(self) -> str:
-        """The next line. Raises PrefixError where there is none, or it is no text."""
+        """The next prefix. Raises PrefixError where the file has ended, or is not text."""
         self._count += 1
         line = next(self._lines, None)
         if line is None:
@@ -70,13 +70,13 @@ class Prefixes:
             raise PrefixError(f"{self._path}, line {self._count}: {error}") from None
 
     def check_end(self) -> None:
-        """Raises PrefixError where lines are left, since they belong to other sentences then."""
+        """Raises PrefixError where prefixes are left over: they belong to other sentences."""
         if next(self._lines, None) is not None:
             raise PrefixError(f"{self._path}: more lines than the {self._count} of the input")
 
 
 class Prediction:
-    """The answers to lines: `n` for each, empty ones where a line is empty or refused."""
+    """Answers lines: `n` for each, empty ones where a line is empty or refused."""
 
     def __init__(
         self, predictor: Predictor, config: PredictConfig, prefixes: Prefixes | None = None
@@ -87,11 +87,11 @@ class Prediction:
     def __call__(
         self, chunk: list[tuple[int, bytes]], tally: Tally, done: Callable[[int], None]
     ) -> Iterator[str]:
-        """The answers to numbered lines; what is wrong with a line is told to `tally`."""
+        """The answers to numbered lines; problems with a line are reported to `tally`."""
         lines = self._accepted([self._read(*line, tally) for line in chunk], tally)
         good = [line for line in lines if line.text]
-        found = self._hypotheses(good, done) if good else []
-        answers = zip(found, self._alignments(good, found), strict=True)
+        results = self._hypotheses(good, done) if good else []
+        answers = zip(results, self._alignments(good, results), strict=True)
         for line in lines:
             if not line.text:
                 yield from [""] * self._n
@@ -122,7 +122,7 @@ class Prediction:
             raise LineError(f"prefix {error}") from None
 
     def _accepted(self, lines: list[Line], tally: Tally) -> list[Line]:
-        """The lines, those without text that are too long and are not to be translated in parts."""
+        """The lines, with empty text where one is too long and --long is not split."""
         most, accepted = self._predictor.settings.source_length, []
         tokens = iter(self._predictor.lengths([line.text for line in lines if line.text]))
         for line in lines:
@@ -150,12 +150,12 @@ class Prediction:
         )  # fmt: skip
 
     def _alignments(
-        self, lines: list[Line], found: list[list[Hypothesis]]
+        self, lines: list[Line], results: list[list[Hypothesis]]
     ) -> Iterator[list[list[str]]]:
-        """For each hypothesis of each line the column of its alignment, or none."""
+        """The alignment column of each hypothesis of each line; without --align no column."""
         if not self._config.align:
             return iter([[[]] * self._n] * len(lines))
-        pairs = [(line.text, h) for line, own in zip(lines, found, strict=True) for h in own]
+        pairs = [(line.text, h) for line, own in zip(lines, results, strict=True) for h in own]
         columns = [[pharaoh(links)] for links in self._predictor.align(pairs)]
         return (columns[i : i + self._n] for i in range(0, len(columns), self._n))
 
@@ -168,10 +168,10 @@ class Prediction:
 
 
 def run(config: PredictConfig) -> None:
-    """Standard input to standard output.
+    """Answers standard input on standard output.
 
-    Raises UserError: a run that cannot be loaded, an ensemble of other vocabularies, a file of
-    prefixes that is not as long as the input.
+    Raises UserError: a run that cannot be loaded, an ensemble with different vocabularies, a file
+    of prefixes with another number of lines than the input.
     """
     with contextlib.nullcontext() if config.prefix is None else Prefixes(config.prefix) as prefixes:
         runs = [config.run, *config.ensemble]

@@ -1,4 +1,4 @@
-"""A trained model with its tokenizers: what it makes of words or sentences, and of given pairs."""
+"""A trained model with its tokenizers: search, sampling, scoring and alignment of texts."""
 
 import dataclasses
 import itertools
@@ -24,11 +24,11 @@ Long = Literal["refuse", "split"]
 
 
 def _nobody(count: int) -> None:
-    """Whom it does not matter to how many texts are done."""
+    """Ignores the progress."""
 
 
 def _texts(name: str, given: Sequence[str]) -> Sequence[str]:
-    """`given`, once it is a list of strings: one string would be taken for a list of characters."""
+    """Checks a list of strings: a single string would pass as a list of characters."""
     if isinstance(given, str):
         raise TypeError(f"{name} must be a list of texts: [{shown(given)}], not {shown(given)}")
     for i, text in enumerate(given):
@@ -38,7 +38,7 @@ def _texts(name: str, given: Sequence[str]) -> Sequence[str]:
 
 
 def _pairs(given: Sequence[tuple[str, "str | Hypothesis"]]) -> Sequence[tuple]:
-    """`given`, once it is a list of pairs."""
+    """Checks a list of pairs."""
     for i, pair in enumerate(given):
         if isinstance(pair, str) or len(pair) != 2:
             raise TypeError(f"pairs[{i}] must be (source, target), not {pair!r:.60}")
@@ -49,7 +49,7 @@ def _pairs(given: Sequence[tuple[str, "str | Hypothesis"]]) -> Sequence[tuple]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a model was trained for, and how it is searched where nothing else is asked for."""
+    """The lengths that a model was trained for, and the defaults of its search."""
 
     source_length: int
     """Most tokens of a source, its end symbol included."""
@@ -76,12 +76,12 @@ class Settings:
 class Predictor:
     """A model, its parameters, tokenizers and settings; or several models, as an ensemble.
 
-    It pronounces words or translates sentences, by what it was trained for: here a source is such
-    a word or sentence, and a target what the model makes of it.
+    It pronounces words or translates sentences. A source is a word or sentence, a target its
+    pronunciation or translation.
 
-    Padding, and the start symbol, are never generated: all probabilities are those of what can be.
+    Padding and the start symbol are never generated, and have no part in the probabilities.
 
-    Raises ValueError where the tokenizers are not of the model's sizes.
+    Raises ValueError where the sizes of tokenizers and model differ.
     """
 
     model: Transformer
@@ -90,11 +90,11 @@ class Predictor:
     target: Tokenizer
     settings: Settings
     others: tuple["Predictor", ...] = ()
-    """The further members of an ensemble, which `ensemble.ensemble` makes."""
+    """The other members of an ensemble: see `ensemble.ensemble`."""
     mean: Mean = "log_linear"
-    """What an ensemble takes the mean of: log-probabilities, or (linear) probabilities."""
+    """The mean of an ensemble: of log-probabilities, or (linear) of probabilities."""
     batching: Batching = SENTENCES
-    """How much is computed together."""
+    """The limits of a batch."""
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -133,17 +133,17 @@ class Predictor:
         """The n best targets of each source, best first.
 
         Args:
-          beam, alpha: None takes the settings'; of the beam, n where that is more.
+          beam, alpha: None: those of the settings; the beam is at least n.
           prefixes: what each target begins with ("" for nothing), in whole pieces.
-          long: what becomes of a source of more tokens than the model was trained for; split
-            takes its `parts`, and joins their targets with spaces.
-          done: is told how many more sources are done.
+          long: for a source of more tokens than the model was trained for; split translates its
+            `parts`, and joins their targets with spaces.
+          done: called with the number of sources finished since the last call.
 
         Raises:
-          InputError: for the first source or prefix with a character that has no id;
-            TooLongError, which is one, where it is too long.
-          ValueError: n > beam, or not as many prefixes as sources.
-          TypeError: one string in the place of a list.
+          InputError: the first source or prefix with a character that has no id; its subclass
+            TooLongError where one is too long.
+          ValueError: n > beam, or another number of prefixes than of sources.
+          TypeError: a string in the place of a list.
         """
         beam = max(n, self.settings.beam) if beam is None else beam
         if not 1 <= n <= beam:
@@ -152,8 +152,8 @@ class Predictor:
         rules = self._rules(hypotheses=beam, alpha=alpha, penalty=self.settings.penalty)
         generate = self._generator(rules, n)
         jobs = self._jobs(sources, prefixes, long, range(len(sources)))
-        found = iter(generate(list(itertools.chain(*jobs)), done))
-        return [best_of_parts(list(itertools.islice(found, len(parts))), n) for parts in jobs]
+        results = iter(generate(list(itertools.chain(*jobs)), done))
+        return [best_of_parts(list(itertools.islice(results, len(parts))), n) for parts in jobs]
 
     def __call__(self, sources: Sequence[str], **options: Any) -> list[str]:
         """The best target of each source; options and errors as `nbest`."""
@@ -182,8 +182,8 @@ class Predictor:
         generate = self._generator(rules, n, seed)
         lines = range(len(sources)) if lines is None else lines
         jobs = self._jobs(sources, prefixes, long, lines)
-        found = iter(generate(list(itertools.chain(*jobs)), done))
-        own = ([next(found) for _ in parts] for parts in jobs)
+        results = iter(generate(list(itertools.chain(*jobs)), done))
+        own = ([next(results) for _ in parts] for parts in jobs)
         return [[joined(parts) for parts in zip(*samples, strict=True)] for samples in own]
 
     def _generator(self, rules: Rules, n: int, seed: int = 0) -> Generator:
@@ -194,11 +194,11 @@ class Predictor:
         return [len(ids) for ids in self.source.encode_all(_texts("sources", sources))]
 
     def parts(self, source: str) -> list[str]:
-        """A source in parts that are short enough: `segmentation.parts_of`."""
+        """Splits a source into parts that are short enough: `segmentation.parts_of`."""
         return parts_of(source, self.lengths, self.settings.source_length)
 
     def forced(self, prefix: str) -> list[int]:
-        """The tokens of a prefix; TooLongError where they leave no room."""
+        """The tokens of a prefix; TooLongError where no further token would fit."""
         ids = self.target.encode(prefix)[:-1] if prefix else []
         return self._checked(prefix, ids, self.settings.target_length - 1)
 
@@ -209,7 +209,7 @@ class Predictor:
         long: Long,
         lines: Sequence[int],
     ) -> list[list[Job]]:
-        """The jobs of each source; a prefix is its first part's. Raises as `nbest`."""
+        """The jobs of each source; the first part gets the prefix. Raises as `nbest`."""
         encoded = self.source.encode_all(_texts("sources", sources))
         prefixes = [""] * len(sources) if prefixes is None else _texts("prefixes", prefixes)
         if len(prefixes) != len(sources):
@@ -246,40 +246,41 @@ class Predictor:
     ) -> list[Scored]:
         """The log-probability of each token of given targets of given sources.
 
-        A hypothesis is scored with the tokens it was made of, a string with the tokenizer's.
+        A hypothesis is scored by its own tokens, a string by the tokenizer's.
 
         Raises:
-          InputError: for the first pair with a character that has no id; TooLongError, which is
-            one, where a side is too long, and is not of parts.
-          TypeError: what is no list of pairs.
+          InputError: the first pair with a character that has no id; its subclass TooLongError
+            where a side is too long, and has no parts.
+          TypeError: not a list of pairs.
         """
         flat, counts = self._in_parts(pairs)
         encoded = self._encoded(flat)
         how = self._groups, self._rules()
-        found = iter(given.score(*how, encoded, self._limits, self.batching, done))
+        scored = iter(given.score(*how, encoded, self._limits, self.batching, done))
         return [
             Scored(*(tuple(itertools.chain(*x)) for x in zip(
-                *((s.ids, s.log_probs) for s in itertools.islice(found, count)), strict=True
+                *((s.ids, s.log_probs) for s in itertools.islice(scored, count)), strict=True
             )))
             for count in counts
         ]  # fmt: skip
 
     def align(self, pairs: Sequence[tuple[str, str | Hypothesis]]) -> list[list[tuple[int, int]]]:
-        """(source piece, target piece) for each target piece (`search.attended`), numbered from 0
-        and, where a source is of parts, through all of them; end symbols are left out. Raises as
-        `score`.
+        """(source piece, target piece) for each target piece, by `search.attended`.
+
+        Pieces are numbered from 0, across the parts of a sentence; end symbols are left out.
+        Raises as `score`.
         """
         flat, counts = self._in_parts(pairs)
         encoded = self._encoded(flat)
         places = given.align(self._groups, self._rules(), encoded, self._limits, self.batching)
-        found = zip(encoded, places, strict=True)
+        placed = zip(encoded, places, strict=True)
         eos = self.target.eos
-        return [given.numbered_through(list(itertools.islice(found, c)), eos) for c in counts]
+        return [given.numbered_through(list(itertools.islice(placed, c)), eos) for c in counts]
 
     def _in_parts(
         self, pairs: Sequence[tuple[str, str | Hypothesis]]
     ) -> tuple[list[tuple[str, str | Hypothesis]], list[int]]:
-        """All pairs, those of parts as several, and how many each has become."""
+        """Splits each pair into its parts; returns all of them, and the number of each pair's."""
         flat, counts = [], []
         for source, target in _pairs(pairs):
             parts = getattr(target, "parts", ())
@@ -302,8 +303,8 @@ class Predictor:
         return encoded
 
     def cross_attention(self, source: str, target: str | Hypothesis) -> np.ndarray:
-        """[N, H, T, S], end symbols included: where each head of the first model looks at the
-        source while each token of a given target is written. Raises as `score`."""
+        """Cross-attention weights [N, H, T, S] of the first model, end symbols included; raises as
+        `score`."""
         ((source_ids, target_ids),) = self._encoded([(source, target)])
         rows = (padded([ids], len(ids), 1) for ids in (source_ids, target_ids))
         return np.asarray(cross_attention(self.model, self.params, *rows, bos=self.target.bos))

@@ -1,4 +1,4 @@
-"""Run folders as predictors, and predictors as run folders."""
+"""Loads a predictor from a run folder, and writes one as a run folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +20,19 @@ from tfm.kernels.quantization import quantize
 
 
 def is_translation(folder: RunFolder) -> bool:
-    """Whether the folder is that of a run of translation."""
+    """Whether the folder holds a translation run."""
     return (folder.read("config.json") or {}).get("task") == "translate"
 
 
 def load(run: str | Path, int8: bool = False, functions: str | None = None) -> Predictor:
-    """The newest model of a run folder, of pronunciation or translation, as its checkpoint
-    describes it; with `int8` its matrices in 8 bits. `functions`: the FILE:NAME of those that it
-    was trained with. A damaged checkpoint is named on standard error, and the one before it taken.
+    """Loads the newest model of a run folder, of pronunciation or translation.
+
+    `int8` holds its matrices in 8 bits. `functions` is the FILE:NAME that it was trained with. A
+    damaged checkpoint is named on standard error, and the one before it is used.
 
     Raises:
-      RunFolderError: names what is missing or does not fit: no such run; nothing saved; a
-        vocabulary that the model was not trained with.
+      RunFolderError: no such run, nothing saved, or a vocabulary that the model was not trained
+        with.
       SubwordError: a vocabulary that is missing or damaged.
       CheckpointError: all that was saved is damaged.
     """
@@ -63,7 +64,7 @@ def load_together(
     mean: Mean | None = None,
     functions: str | None = None,
 ) -> Predictor:
-    """The models of one or several run folders as one; raises as `load` and `ensemble`."""
+    """Loads one or several run folders as one predictor; raises as `load` and `ensemble`."""
     members = [(str(run), load(run, int8, functions)) for run in runs]
     return ensemble(members, mean or "log_linear") if len(members) > 1 else members[0][1]
 
@@ -85,13 +86,12 @@ def _subwords(folder: RunFolder, sha256: dict[str, str]) -> tuple[Tokenizer, Tok
 
 
 def write(run: str | Path, translator: Predictor, about: dict[str, str]) -> None:
-    """A run folder of a translation model that was not trained in one; `about` says where it comes
-    from.
+    """Writes a run folder for a translation model of other origin, which `about` describes.
 
     Raises:
       ValueError: an ensemble, or a model in 8 bits.
       RunFolderError: the folder holds a model, or cannot be written.
-      CheckpointError: the checkpoint cannot be.
+      CheckpointError: the checkpoint cannot be written.
     """
     leaves = jax.tree.leaves(translator.params)
     if translator.others or any(leaf.dtype == jnp.int8 for leaf in leaves):
@@ -115,5 +115,5 @@ def write(run: str | Path, translator: Predictor, about: dict[str, str]) -> None
         with named(folder.path / "vocabulary"):
             for side, subwords in sides.items():
                 subwords.save(folder.path / "vocabulary", side)
-        # Not step 0, which is what a training saves that has not learned anything.
+        # Not step 0, which means a training without an update.
         write_final(folder, translator.params, 1, identity)

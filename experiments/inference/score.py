@@ -1,4 +1,4 @@
-"""Pairs on standard input, their log-probabilities on standard output, line for line."""
+"""The score command: pairs on standard input, log-probabilities on standard output."""
 
 import dataclasses
 import sys
@@ -38,7 +38,7 @@ class ScoreConfig:
 
 
 class Scoring:
-    """The answers to lines: empty where a line is empty or refused."""
+    """Answers lines; the answer is empty where a line is empty or refused."""
 
     def __init__(self, predictor: Predictor, config: ScoreConfig) -> None:
         self._predictor, self._config = predictor, config
@@ -46,7 +46,7 @@ class Scoring:
     def __call__(
         self, chunk: list[tuple[int, bytes]], tally: Tally, done: Callable[[int], None]
     ) -> Iterator[str]:
-        """The answers to numbered lines; what is wrong with a line is told to `tally`."""
+        """The answers to numbered lines; problems with a line are reported to `tally`."""
         pairs = [self._read(*line, tally) for line in chunk]
         good = [pair for pair in pairs if pair is not None]
         scored = iter(self._predictor.score(good, done) if good else [])
@@ -77,7 +77,7 @@ class Scoring:
 
 
 def run(config: ScoreConfig) -> None:
-    """Standard input to standard output. Raises UserError for runs that cannot be loaded."""
+    """Scores standard input. Raises UserError for runs that cannot be loaded."""
     predictor = load_together(
         [config.run, *config.ensemble], config.int8, config.mean, config.functions
     )

@@ -1,7 +1,6 @@
-"""One model or several as one: their search, their log-probabilities, their attention.
+"""Search, log-probabilities and attention of one model or an ensemble.
 
-Several are an ensemble: `Group`s of models of one config run as one vmapped stack, and groups of
-different configs in turn.
+Models with the same config form a `Group` and run as one vmapped stack; groups run in turn.
 """
 
 import dataclasses
@@ -21,12 +20,12 @@ from tfm.masks import shift_right
 from tfm.model import Transformer
 
 Mean = Literal["log_linear", "linear"]
-_AXES = Cache(None, 0)  # the models of a group write their own, and share which rows wrote it
+_AXES = Cache(None, 0)  # each model has its own keys and values; the row indices are shared
 
 
 @flax.struct.dataclass
 class Group:
-    """Models of one config. The parameters of several have a first axis of models."""
+    """Models of one config. Where there are several, the parameters have a leading model axis."""
 
     params: chex.ArrayTree
     model: Transformer = flax.struct.field(pytree_node=False)
@@ -34,7 +33,7 @@ class Group:
 
     @classmethod
     def of(cls, models: Sequence[tuple[Transformer, chex.ArrayTree]]) -> tuple["Group", ...]:
-        """Models with their parameters, by their configs."""
+        """Groups models with their parameters by config."""
         groups: dict[Transformer, list[chex.ArrayTree]] = {}
         for model, params in models:
             groups.setdefault(model, []).append(params)
@@ -76,7 +75,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How `tfm.sample` draws."""
+    """The options of `tfm.sample`."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -85,7 +84,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What a search goes by. Hashable: jit compiles one program for each."""
+    """The options of a search. Hashable, as jit compiles one program for each."""
 
     bos: int
     eos: int
@@ -101,13 +100,13 @@ def joint_logits(logits: Array, rules: Rules) -> Array:
 
     log_linear: softmax(1/M Σ ln p), the mean of the log-probabilities, made to sum to 1 (Marian).
     linear: 1/M Σ p, the mean of the probabilities (fairseq, Nematus, OpenNMT). Padding and the
-    start are no symbols of a text: −inf before all that.
+    start symbol are set to −inf before that.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     logits = logits.at[..., jnp.array([0, rules.bos])].set(-jnp.inf)
     if logits.shape[0] == 1:
         return logits[0]
-    if rules.mean == "log_linear":  # each model's normaliser is a constant, and falls out
+    if rules.mean == "log_linear":  # each model's normaliser is a constant, and cancels
         return logits.mean(0)
     return nn.logsumexp(nn.log_softmax(logits), axis=0)
 
@@ -115,21 +114,21 @@ def joint_logits(logits: Array, rules: Rules) -> Array:
 def _start(
     groups: tuple[Group, ...], source: Array, prefix: Array | None, rules: Rules, length: int
 ) -> tuple[Step, Any]:
-    """The `step` and the empty cache of all models together.
+    """The joint `step` and the empty caches of all models.
 
-    Where prefix [B, P] is not 0, it is the one symbol that may come.
+    Where prefix [B, P] is not 0, it is the only possible token.
     """
     begun = [group.start(source, rules.hypotheses, length) for group in groups]
 
     def step(tokens, index, caches):
-        found = [one(tokens, index, old) for (one, _), old in zip(begun, caches, strict=True)]
-        logits = joint_logits(jnp.concatenate([logits for logits, _ in found]), rules)
+        results = [one(tokens, index, old) for (one, _), old in zip(begun, caches, strict=True)]
+        logits = joint_logits(jnp.concatenate([logits for logits, _ in results]), rules)
         if prefix is not None:
             forced = lax.dynamic_index_in_dim(prefix, index, 1)[..., None]  # [B, 1, 1]
             forced = jnp.where(index < prefix.shape[1], forced, 0)
             may_come = (forced == 0) | (jnp.arange(logits.shape[-1]) == forced)
             logits = jnp.where(may_come, logits, -jnp.inf)
-        return logits, tuple(cache for _, cache in found)
+        return logits, tuple(cache for _, cache in results)
 
     return step, tuple(cache for _, cache in begun)
 
@@ -138,27 +137,27 @@ def _draw(
     groups: tuple[Group, ...], source: Array, prefix: Array | None, keys: Array, rules: Rules,
     length: int,
 ) -> Decoded:  # fmt: skip
-    """A sample with a key of its own for each source: what else is in the batch has no say."""
+    """Samples with one key per source, so that the rest of the batch has no influence."""
 
     def one(source, prefix, key):
         prefix = None if prefix is None else prefix[None]
         step, cache = _start(groups, source[None], prefix, rules, length)
         how = dataclasses.asdict(rules.sampling)
-        found = sample(step, cache, key, bos=rules.bos, eos=rules.eos, max_length=length, **how)
-        return jax.tree.map(lambda x: x[0], found)
+        decoded = sample(step, cache, key, bos=rules.bos, eos=rules.eos, max_length=length, **how)
+        return jax.tree.map(lambda x: x[0], decoded)
 
     return jax.vmap(one)(source, prefix, keys)
 
 
-def _with_prefix(found: Decoded, forced: Array, rules: Rules) -> Decoded:
-    """`found` with the log-probabilities [B] of the forced tokens counted, best first again."""
-    log_probs = found.log_probs + forced[:, None]
+def _with_prefix(decoded: Decoded, forced: Array, rules: Rules) -> Decoded:
+    """Adds the log-probabilities [B] of the forced tokens, and sorts the hypotheses again."""
+    log_probs = decoded.log_probs + forced[:, None]
     if rules.sampling:
-        return found._replace(log_probs=log_probs, scores=log_probs)
-    scores = length_normalized_score(log_probs, found.lengths, rules.alpha, rules.penalty)
+        return decoded._replace(log_probs=log_probs, scores=log_probs)
+    scores = length_normalized_score(log_probs, decoded.lengths, rules.alpha, rules.penalty)
     order = jnp.argsort(-scores, axis=1)
-    tokens = jnp.take_along_axis(found.tokens, order[..., None], axis=1)
-    rest = (found.lengths, log_probs, scores)
+    tokens = jnp.take_along_axis(decoded.tokens, order[..., None], axis=1)
+    rest = (decoded.lengths, log_probs, scores)
     return Decoded(tokens, *(jnp.take_along_axis(x, order, axis=1) for x in rest))
 
 
@@ -172,31 +171,31 @@ def decode(
     rules: Rules,
     length: int,
 ) -> Decoded:
-    """Hypotheses of at most `length` tokens.
+    """Hypotheses of at most `length` tokens, by beam search or sampling.
 
-    source [B, S] ids; prefix [B, P] ids that the hypotheses begin with, 0 after them; keys [B, 2],
-    where the rules sample.
+    source [B, S] ids; prefix [B, P] ids that the hypotheses begin with, 0 after them; keys [B, 2]
+    for sampling.
 
-    A forced token is the only one that may come, so the search gives it the probability 1; its own
-    is counted afterwards, for it is the same in all hypotheses of a source. While the search goes
-    on, they are ranked by what follows the prefix.
+    The search gives a forced token the probability 1, so it ranks hypotheses by the tokens after
+    the prefix. The prefix has the same probability in all hypotheses of a source, and it is added
+    at the end.
     """
     if rules.sampling:
-        found = _draw(groups, source, prefix, keys, rules, length)
+        decoded = _draw(groups, source, prefix, keys, rules, length)
     else:
         step, cache = _start(groups, source, prefix, rules, length)
-        found = beam_search(
+        decoded = beam_search(
             step, cache, bos=rules.bos, eos=rules.eos, max_length=length, alpha=rules.alpha,
             penalty=rules.penalty,
         )  # fmt: skip
     if prefix is None:
-        return found
+        return decoded
     forced = log_probs(groups, source, prefix, (prefix != 0).sum(-1), rules=rules)
-    return _with_prefix(found, forced.sum(-1), rules)
+    return _with_prefix(decoded, forced.sum(-1), rules)
 
 
 def _within(lengths: Array, ids: Array) -> Array:
-    """1 in the first `lengths` [B] places of ids [B, T], else 0."""
+    """[B, T] mask: 1 at the first `lengths` [B] positions of ids, else 0."""
     return (jnp.arange(ids.shape[-1]) < lengths[:, None]).astype(jnp.int32)
 
 
@@ -204,8 +203,10 @@ def _within(lengths: Array, ids: Array) -> Array:
 def log_probs(
     groups: tuple[Group, ...], source: Array, target: Array, lengths: Array, *, rules: Rules
 ) -> Array:
-    """ln P of each token of target [B, T] given the source and those before it; 0 from `lengths`
-    [B] on. The segments are explicit, since the start may be padding's id."""
+    """ln P of each token of target [B, T], given the source and the tokens before it.
+
+    0 from `lengths` [B] on. The segments are explicit, since padding and start may share an id.
+    """
     segments = _within(lengths, target)
     inputs = shift_right(target, rules.bos)
 
@@ -231,12 +232,12 @@ def attended(
     *,
     rules: Rules,
 ) -> Array:
-    """[B, T]: the source position that each target token looks at most, while it is written.
+    """[B, T]: the source position with the largest attention weight, for each target token.
 
-    The cross-attention of the last decoder layer but one, its heads averaged: of all layers the one
-    whose attention aligns best (Garg et al. 2019, "Jointly Learning to Align and Translate with
-    Transformer Models": the last layer already turns to what comes next). The source's end symbol
-    is left out: attention rests there when it looks nowhere.
+    The weights are the mean over the heads of the cross-attention in the second-last decoder layer,
+    which aligns best (Garg et al. 2019, "Jointly Learning to Align and Translate with Transformer
+    Models"). The source's end symbol is left out, since heads attend to it when they attend to
+    nothing.
     """
     segments = _within(lengths, target)
     inputs = shift_right(target, rules.bos)
@@ -262,7 +263,7 @@ def attended(
 def cross_attention(
     model: Transformer, params: chex.ArrayTree, source: Array, target: Array, *, bos: int
 ) -> Array:
-    """[N, H, T, S]: where every head looks in source [1, S] while target [1, T] is written."""
+    """Cross-attention weights [N, H, T, S] of every head for source [1, S] and target [1, T]."""
     inputs, segments = shift_right(target, bos), jnp.ones_like(target)
     _, weights = model.apply(
         {"params": params}, source, inputs, target_segment_ids=segments, return_weights=True

@@ -1,4 +1,4 @@
-"""Texts longer than a model was trained for, in parts."""
+"""Splits texts that are longer than a model was trained for."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -6,18 +6,18 @@ from itertools import pairwise
 
 from experiments.data.tokenizer import InputError
 
-# Where a text may be cut, best first; what ends there stays with what it ends.
+# Where to cut a text, best first; punctuation stays with the part that it ends.
 SENTENCES = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’»)\]])\s+|(?<=[。！？])(?![”’」』）])\s*")
 CLAUSES = re.compile(r"(?<=[,;:–—])\s+|(?<=[，；：、])")
 WORDS = re.compile(r"\s+")
 
 
 class TooLongError(InputError):
-    """Why a text is refused: more tokens than the model was trained for."""
+    """A text has more tokens than the model was trained for."""
 
 
 def _packed(pieces: list[str], tokens: list[int], most: int) -> list[str]:
-    """Neighbouring pieces together, as many as `most` tokens hold; an end symbol counts once."""
+    """Joins neighbouring pieces up to `most` tokens; the end symbol of a group counts once."""
     packed, room = [], 0
     for piece, count in zip(pieces, tokens, strict=True):
         if packed and count - 1 <= room:
@@ -35,12 +35,12 @@ def parts_of(
     most: int,
     levels: Sequence[re.Pattern] = (SENTENCES, CLAUSES, WORDS),
 ) -> list[str]:
-    """`text` in parts of at most `most` tokens, as `count` counts them; nothing is left out.
+    """Splits `text` into parts of at most `most` tokens by `count`, without dropping any text.
 
-    A part is a sentence. One that is too long itself is cut after commas and the like into as few
-    parts as that allows, else between words, else between characters.
+    A part is a sentence. A sentence that is too long is cut after commas and similar marks, into as
+    few parts as possible; else between words, else between characters.
 
-    Raises TooLongError: not even one character fits.
+    Raises TooLongError where a single character is too long.
     """
     if count([text])[0] <= most:
         return [text.strip()]

@@ -1,1 +1,1 @@
-"""Models of other libraries, in and out."""
+"""Import and export of other libraries' models."""

@@ -1,4 +1,4 @@
-"""Models of other libraries into run folders, and run folders into models of other libraries."""
+"""The import and export commands: other libraries' models to run folders, and back."""
 
 import dataclasses
 import re
@@ -38,7 +38,7 @@ HUB_FILES = ("*.json", "*.spm", "*.safetensors", "pytorch_model.bin")
 
 @dataclasses.dataclass(frozen=True)
 class Vocabularies:
-    """The vocabularies of a torch model, whose state dict has none."""
+    """The vocabulary files of a torch model, as a state dict has none."""
 
     source_spm: Path | None = None
     """SentencePiece file of the source."""
@@ -85,9 +85,9 @@ class ExportConfig:
 
 
 def run_import(config: ImportConfig) -> None:
-    """Makes the run folder, and says what it holds.
+    """Writes the run folder, and prints a summary.
 
-    Raises BridgeError, SubwordError or RunFolderError in one line, before anything is written.
+    Raises BridgeError, SubwordError or RunFolderError before anything is written.
     """
     refuse_existing(config.run)
     if config.format == "torch":
@@ -109,7 +109,7 @@ def run_import(config: ImportConfig) -> None:
 
 
 def run_export(config: ExportConfig) -> None:
-    """Writes the folder; raises BridgeError in one line, and leaves nothing behind."""
+    """Writes the folder; on a BridgeError it leaves nothing behind."""
     if config.int8 and config.format != "ctranslate2":
         raise BridgeError("--int8 goes with --format ctranslate2 alone")
     refuse_existing(config.path)
@@ -135,7 +135,7 @@ def run_export(config: ExportConfig) -> None:
 
 @contextmanager
 def _folder(path: str) -> Iterator[Folder]:
-    """The folder or archive at `path`, or what the hub has by that name, for a while."""
+    """Opens the folder or archive at `path`, else downloads the model of that name from the hub."""
     if Path(path).exists() or not HUB_NAME.fullmatch(path):
         with opened(Path(path)) as folder:
             yield folder
@@ -150,7 +150,7 @@ def _folder(path: str) -> Iterator[Folder]:
     with tempfile.TemporaryDirectory() as place:
         try:
             snapshot_download(path, local_dir=place, allow_patterns=list(HUB_FILES))
-        except Exception as error:  # of the network, of the hub, of the disk: many kinds
+        except Exception as error:  # errors of the network, the hub and the disk have many types
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise BridgeError(
                 f"{path}: no such folder, and the hub did not give it ({reason})"

@@ -30,7 +30,7 @@ NEVER = -1e9
 
 
 class Pieces(NamedTuple):
-    """The symbols of one side in the order of their ids, and which of them end or start."""
+    """The symbols of one side in the order of their ids, with the special ones."""
 
     pieces: Sequence[str]
     bos: int
@@ -47,13 +47,13 @@ def specification(
     never: Sequence[int] = (),
     add_source_eos: bool = False,
 ) -> "TransformerSpec":
-    """The model as CTranslate2 describes one, validated; its matrices are the transposes of ours.
+    """The validated CTranslate2 specification of a model; its matrices are transposed.
 
     Args:
-      arrays: f32, by their flat names.
-      positions: rows of a table of sinusoids.
+      arrays: f32 parameters by flat name.
+      positions: rows of the table of sinusoids.
       never: ids that are never generated.
-      add_source_eos: whether the library is to end each source with the end symbol by itself.
+      add_source_eos: whether the library appends the end symbol to each source.
     """
     from ctranslate2.specs import TransformerSpec, common_spec
 
@@ -61,7 +61,7 @@ def specification(
     spec = TransformerSpec.from_config(
         (config.num_encoder_layers, config.num_decoder_layers),
         config.num_heads,
-        pre_norm=config.has_final_norm,  # which also gives it final norms
+        pre_norm=config.has_final_norm,  # with final norms
         activation=getattr(common_spec.Activation, activations[config.activation]),
     )
     for side, filled in (("encoder", spec.encoder), ("decoder", spec.decoder)):
@@ -125,8 +125,8 @@ def export_ctranslate2(path: Path, translator: "Predictor", int8: bool = False) 
     """Writes a model folder into the empty `path`: model.bin, config.json, vocabularies, and the
     SentencePiece files, which CTranslate2 itself does not read.
 
-    A source is given to it as its pieces; the end symbol is added there (`add_source_eos`).
-    With `int8` matrices are held in 8 bits, a scale a row.
+    Its input is the pieces of a source; it appends the end symbol (`add_source_eos`). With `int8`
+    matrices are held in 8 bits, with one scale per row.
 
     Raises BridgeError where ctranslate2 is not installed.
     """
@@ -135,7 +135,7 @@ def export_ctranslate2(path: Path, translator: "Predictor", int8: bool = False) 
     except ImportError:
         raise BridgeError(not_installed("ctranslate2")) from None
     source, target, settings = translator.source, translator.target, translator.settings
-    # Copies, since quantizing writes over what it is given.
+    # Copies, since quantizing overwrites its input.
     arrays = {name: array.copy() for name, array in flat(translator.params).items()}
     spec = specification(
         translator.model.config,

@@ -1,4 +1,4 @@
-"""Reading what somebody else has made: nothing outside the folder, and nothing unpickled."""
+"""Reads untrusted model files: never outside their folder, and without unpickling."""
 
 import contextlib
 import json
@@ -22,23 +22,23 @@ LARGEST_JSON = 1 << 28
 
 
 class BridgeError(UserError):
-    """Why a model cannot be taken over, or given away."""
+    """A model cannot be imported or exported; the message says why."""
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a relative name leads out of the folder that it stands in."""
+    """Whether a relative name leads out of its folder."""
     path = PurePosixPath(name.replace("\\", "/"))
     return not name or path.is_absolute() or ".." in path.parts
 
 
 def named_few(names: list[str]) -> str:
-    """The first of `names`, and how many more there are."""
+    """The first few of `names`, and the number of others."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
 class Folder:
-    """The files of one model. A file that a link or a name takes out of the folder is refused."""
+    """The files of one model. Links and names that lead out of the folder are refused."""
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
@@ -66,7 +66,7 @@ class Folder:
             return path.read_bytes()
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON object; BridgeError naming the file where it holds something else."""
+        """A JSON object; BridgeError naming the file where it is not one."""
         path = self.file(name)
         try:
             with named(path):
@@ -82,7 +82,7 @@ class Folder:
         return value
 
     def optional_json(self, name: str) -> dict[str, Any]:
-        """The JSON object of a file that need not be there: then it is empty."""
+        """The JSON object of a file, empty where there is no such file."""
         return self.json(name) if self.has(name) else {}
 
     def weights(self) -> Path:
@@ -94,7 +94,7 @@ class Folder:
         raise BridgeError(f"{self.root}: no weights ({', '.join(names)})")
 
     def tensors(self) -> Tensors:
-        """The weights, by their names."""
+        """The weights by name."""
         path = self.weights()
         return self._shards(path.name) if path.suffix == ".json" else read_tensors(path)
 
@@ -111,9 +111,9 @@ class Folder:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The tensors of a `.safetensors` file, or else of one that torch saved.
+    """The tensors of a `.safetensors` file, or of a file that torch saved.
 
-    The latter needs torch, which reads it with weights_only=True: no code of the file runs.
+    The latter needs torch, which reads it with weights_only=True, so that no code of it runs.
     """
     if path.suffix == ".safetensors":
         try:
@@ -137,7 +137,7 @@ def _read_torch(path: Path) -> Tensors:
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # torch has no one error for what is no file of its own
+    except Exception as error:  # torch raises many types for an invalid file
         reason = str(error).strip().split("\n")[0]
         raise BridgeError(f"{path}: not a file of tensors alone ({reason})") from None
     for key in ("state_dict", "model_state_dict", "model"):
@@ -150,9 +150,9 @@ def _read_torch(path: Path) -> Tensors:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Folder]:
-    """The folder at `path`, or what a zip archive there holds, in a folder for a while.
+    """Opens the folder at `path`, or a zip archive there, extracted to a temporary folder.
 
-    Raises BridgeError, before anything is written, for an archive with a member that is a link or
+    Raises BridgeError, before anything is written, for an archive with a link or with a member that
     would land outside.
     """
     if not zipfile.is_zipfile(path):
@@ -175,9 +175,9 @@ def opened(path: Path) -> Iterator[Folder]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, that stands at `path` when all of it is written.
+    """A temporary folder to fill, which is renamed to `path` at the end.
 
-    Raises BridgeError where something is at `path` already that is not an empty folder.
+    Raises BridgeError where `path` exists and is not an empty folder.
     """
     refuse_existing(path)
     with named(path):

@@ -1,7 +1,7 @@
-"""Our arrays among those of another library: a table of names, read in both directions.
+"""Maps our arrays to those of another library by a table of names, in both directions.
 
-Our arrays go by their flat names (`encoder_0/attention/w_q`). Every change of form here moves
-numbers and computes none, so that there and back again is the identity, bit for bit.
+Our arrays have flat names (`encoder_0/attention/w_q`). Conversions only move numbers and compute
+none, so that export and import together are the identity, bit for bit.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Link(NamedTuple):
-    """One of our arrays, and what it is among theirs."""
+    """One of our arrays, and its place among theirs."""
 
     ours: str
     theirs: str
@@ -43,12 +43,12 @@ class Link(NamedTuple):
         return {"same": array, "transposed": array.T, "row": array.reshape(-1)}[self.form]
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """The whole of theirs; for a link to the whole."""
+        """Their whole array; for links without `part` only."""
         return {"same": array, "transposed": array.T, "row": array.reshape(1, -1)}[self.form]
 
 
 def flat(params: Any) -> Tensors:
-    """A tree of parameters as arrays by their names; BridgeError where some are in 8 bits."""
+    """A tree of parameters as arrays by flat name; BridgeError where some are in 8 bits."""
     named = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     if any(isinstance(array, Quantized) for array in named.values()):
         raise BridgeError("a model in 8 bits cannot be written: load it without int8")
@@ -68,10 +68,10 @@ def shapes_of(config: TransformerConfig) -> Shapes:
 
 
 def take(path: Path, tensors: Tensors, links: Iterable[Link], shapes: Shapes) -> Tensors:
-    """Our arrays out of theirs, in f32.
+    """Converts their arrays to ours, in f32.
 
-    Raises BridgeError naming the file, and the tensors with their shapes that are missing, unknown,
-    of another shape, or not made of finite numbers.
+    Raises BridgeError naming the file, and the tensors that are missing, unknown, of another shape,
+    or not finite.
     """
     links = list(links)
     wanted = {link.theirs: link.their_shape(shapes[link.ours]) for link in links}
@@ -95,34 +95,34 @@ def take(path: Path, tensors: Tensors, links: Iterable[Link], shapes: Shapes) ->
 
 
 def give(arrays: Tensors, links: Iterable[Link]) -> Tensors:
-    """Their arrays out of ours; all links are to whole arrays."""
+    """Converts our arrays to theirs; all links must be to whole arrays."""
     return {n.theirs: np.ascontiguousarray(n.to_theirs(arrays[n.ours])) for n in links}
 
 
 def pad_first(size: int, pad: int) -> np.ndarray:
-    """The order that makes padding id 0 and leaves the others in theirs: ours -> theirs.
+    """Our id -> theirs, with padding as our id 0 and the others in their order.
 
-    Where padding is the last of V, as in Marian, that is theirs = (ours − 1) mod V.
+    Where padding is their last of V ids, as in Marian, this is theirs = (ours − 1) mod V.
     """
     return np.concatenate([[pad], np.delete(np.arange(size), pad)])
 
 
 def reorder_ids(arrays: Tensors, target: np.ndarray, source: np.ndarray) -> Tensors:
-    """New ids for the symbols: row i of a table becomes what row order[i] was."""
+    """Renumbers the symbols: row i of a table becomes the old row order[i]."""
     axes = {"embedding": (target, 0), "source_embedding": (source, 0), "output": (target, 1),
             "output_bias": (target, 0)}  # fmt: skip
     return {n: np.take(a, *axes[n]) if n in axes else a for n, a in arrays.items()}
 
 
 def halves_from_interleaved(d_model: int) -> np.ndarray:
-    """The order of features that turns sin, cos, sin, cos … into all sines, then all cosines."""
+    """The order of features that maps sin, cos, sin, cos … to all sines, then all cosines."""
     return np.concatenate([np.arange(0, d_model, 2), np.arange(1, d_model, 2)])
 
 
 def reorder_features(arrays: Tensors, order: np.ndarray) -> Tensors:
-    """The same model with its features between the layers in another order.
+    """The same model with the d_model features in another order.
 
-    Only what the features go through is touched: each feature takes its numbers with it.
+    The rows or columns of every array on that axis are permuted; nothing is computed.
     """
     return {name: _reorder(name, array, order) for name, array in arrays.items()}
 
@@ -130,14 +130,14 @@ def reorder_features(arrays: Tensors, order: np.ndarray) -> Tensors:
 def _reorder(name: str, array: np.ndarray, order: np.ndarray) -> np.ndarray:
     part, leaf = name.rpartition("/")[::2]
     if leaf in ("w_q", "w_k", "w_v", "w1", "output") or part.endswith("norm"):
-        return array[order]  # read from the features, or [D] beside them
+        return array[order]  # their first axis is D
     if leaf in ("w_o", "b_o", "w2", "b2") or leaf.endswith(("embedding", "positions")):
-        return array[..., order]  # written to them
+        return array[..., order]  # their last axis is D
     return array  # b_q, b_k, b_v, b1, output_bias: no such axis
 
 
 def layer_parts(side: str) -> tuple[str, ...]:
-    """The sub-layers of a layer of the 'encoder' or 'decoder', in their order."""
+    """The sub-layers of an 'encoder' or 'decoder' layer, in order."""
     if side == "encoder":
         return "attention", "feed_forward"
     return "self_attention", "cross_attention", "feed_forward"

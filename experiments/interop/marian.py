@@ -1,12 +1,14 @@
-"""Hugging Face Marian folders, whole: weights, SentencePiece files, vocabulary; in and out.
+"""Import and export of Hugging Face Marian folders: weights, SentencePiece files, vocabulary.
 
-Their beam search divides a hypothesis's log-probability by nᵅ (`penalty="power"`), never by the
-paper's ((5 + n)/6)ᵅ; a model whose settings say "paper" is written with the same α, and ranks there
-by nᵅ. Their search also takes the logits of padding for a symbol's and then forbids it, where ours
-leaves it out of the distribution. A `>>deu<<` that selects a language is a piece there; here it is
-one only where the SentencePiece model has it. To serve a model with CTranslate2 write it out by
-`ctranslate2.export_ctranslate2`: that library's own converter takes it for granted that a Marian
-model starts from zeros, which one trained here does not.
+Differences of their library:
+- Its beam search divides a log-probability by nᵅ (`penalty="power"`), never by the paper's
+  ((5 + n)/6)ᵅ. A model whose settings say "paper" is exported with the same α.
+- Its softmax includes padding, which the search then forbids; ours excludes it from the
+  distribution.
+- A language token such as `>>deu<<` is a piece there; here only if the SentencePiece model has it.
+
+For CTranslate2 export with `ctranslate2.export_ctranslate2`: that library's own converter assumes
+that a Marian model starts from zeros, and a model trained here does not.
 """
 
 from pathlib import Path
@@ -23,14 +25,14 @@ from experiments.interop.pieces import numbered, pieces_of, read_ids
 from tfm.model import Transformer
 
 SPECIAL = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
-"""What their tokenizer calls the symbols, where tokenizer_config.json does not say."""
+"""The special symbols where tokenizer_config.json does not name them."""
 
 
 def import_marian(folder: Folder) -> Predictor:
-    """The model of a folder of Hugging Face's Marian; neither torch nor transformers is needed.
+    """Imports a Hugging Face Marian folder; neither torch nor transformers is needed.
 
-    Raises BridgeError (or SubwordError, for a SentencePiece file) naming the file and what in it is
-    missing, damaged, or has no counterpart here: see `marian_model.read_model`.
+    Raises BridgeError, or SubwordError for a SentencePiece file, naming the file and what is
+    missing, damaged or not supported in it: see `marian_model.read_model`.
     """
     tokenizer = folder.optional_json("tokenizer_config.json")
     names = {n: _special(folder, tokenizer, n) for n in SPECIAL}
@@ -48,7 +50,7 @@ def import_marian(folder: Folder) -> Predictor:
         if absent := [names[n] for n in ("eos", "unk") if names[n] not in ids[side]]:
             raise BridgeError(f"{path}: {named_few(absent)}: no such piece")
         eos, unk = (pieces.index(names[n]) for n in ("eos", "unk"))
-        # Nothing starts a source: there the piece is called the same, or is padding.
+        # A source has no start symbol: the id is that of the same piece, or padding.
         start = pieces[marian.start] if side == "target" else start
         bos = pieces.index(start) if start in pieces else 0
         sides[side] = Subwords(spm[side], pieces, bos, eos, unk)
@@ -71,7 +73,7 @@ def _special(folder: Folder, tokenizer: dict[str, Any], name: str) -> str:
 
 
 def _settings(folder: Folder) -> Settings:
-    """How the folder says that its model be searched; its lengths are the positions it has."""
+    """The search settings of the folder; the lengths are the model's positions."""
     given = folder.json("config.json")
     note = given.get(NOTE) or {}
     generation = given | folder.optional_json("generation_config.json")
@@ -79,7 +81,7 @@ def _settings(folder: Folder) -> Settings:
         if isinstance(note, dict) and "settings" in note:
             return Settings(**note["settings"])
         positions = given.get("max_position_embeddings") or 1024
-        longest = generation.get("max_length") or positions + 1  # the start symbol counted
+        longest = generation.get("max_length") or positions + 1  # includes the start symbol
         return Settings(
             source_length=positions,
             target_length=min(positions, longest - 1),
@@ -94,8 +96,8 @@ def _settings(folder: Folder) -> Settings:
 def export_marian(path: Path, translator: Predictor) -> None:
     """Writes a folder that `MarianMTModel` and `MarianTokenizer` load, into the empty `path`.
 
-    Raises BridgeError naming what of the model their library cannot compute, or which symbols it
-    cannot tell apart: nothing is written then.
+    Raises BridgeError, before anything is written, naming what their library cannot compute or the
+    symbols that it cannot distinguish.
     """
     source, target, settings = translator.source, translator.target, translator.settings
     config = translator.model.config
@@ -137,7 +139,7 @@ def export_marian(path: Path, translator: Predictor) -> None:
 
 
 def _check_symbols(translator: Predictor) -> None:
-    """Their tokenizer has one name for padding, end and unknown, in both vocabularies."""
+    """Checks that padding, end and unknown symbol have one name in both vocabularies."""
     source, target = translator.source, translator.target
     for name, ours in (("padding", (0, 0)), ("the end", (source.eos, target.eos)),
                        ("unknown", (source.unk, target.unk))):  # fmt: skip

@@ -1,10 +1,9 @@
-"""Config and weights of Hugging Face's Marian models (OPUS-MT among them), in and out, no torch.
+"""Converts config and weights of Hugging Face's Marian models (such as OPUS-MT), without torch.
 
-Theirs is this paper's Transformer with biases in the attention, a bias on the logits, sinusoids in
-halves and ε = 1e-5. Their last symbol is padding, which starts the decoder too. Ours has padding
-for id 0, so that padding goes to the front and every other id goes up by one; going out it goes
-back. Where the two vocabularies differ in size, padding is id 0 of theirs too, since one id of
-theirs has to serve both.
+Their model is the paper's with biases in the attention, a bias on the logits, sinusoids in halves
+and ε = 1e-5. Their last id is padding, which also starts the decoder. Our padding is id 0, so the
+import moves it to the front and shifts the other ids up by one; the export reverses this. Where the
+vocabularies differ in size, the export uses id 0 for padding, as theirs is one id for both.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ from experiments.interop.marian_tables import (
 from tfm.config import TransformerConfig, current_fields
 
 EPSILON = 1e-5
-"""ε of torch.nn.LayerNorm, which Marian's code there leaves as it is."""
+"""ε of torch.nn.LayerNorm, the default that Marian's code there keeps."""
 ACTIVATIONS = {"relu": "relu", "swish": "swish", "silu": "swish", "gelu": "gelu"}
 DEFAULTS: dict[str, Any] = {
     "model_type": None, "vocab_size": 58101, "decoder_vocab_size": None, "d_model": 1024,
@@ -49,21 +48,21 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True, "max_position_embeddings": 1024, "pad_token_id": 58100,
     "eos_token_id": 0, "decoder_start_token_id": 58100,
 }  # fmt: skip
-"""What a config.json that leaves the field out means."""
+"""The defaults of fields that a config.json leaves out."""
 ONLY = {
     "model_type": "marian", "is_encoder_decoder": True, "normalize_before": False,
     "normalize_embedding": False, "add_final_layer_norm": False, "static_position_embeddings": True,
     "encoder_layerdrop": 0, "decoder_layerdrop": 0, "quantization_config": None,
 }  # fmt: skip
-"""Fields of which one value alone has a counterpart here."""
+"""Fields of which only this value is supported."""
 NOTE = "tfm"
-"""The field of config.json for what theirs has no word for; their library keeps it."""
+"""The field of config.json for our options that theirs lacks; their library preserves it."""
 NOTED = ("sinusoid_layout", "projection_bias", "output_bias", "initializer", "compute_dtype",
          "implementation")  # fmt: skip
 
 
 class Marian(NamedTuple):
-    """A model with our ids and our arrays, by their flat names."""
+    """An imported model with our ids, and our arrays by flat name."""
 
     config: TransformerConfig
     arrays: Tensors
@@ -74,10 +73,10 @@ class Marian(NamedTuple):
 
 
 def read_model(folder: Folder, source_pad: int | None = None) -> Marian:
-    """The model of a folder; `source_pad` is padding's id where the source has ids of its own.
+    """Reads a folder's model; `source_pad` is the padding id of a separate source vocabulary.
 
-    Raises BridgeError naming the file, and a field with its value that has no counterpart here, or
-    the tensors, with shapes, that are missing, unknown or of another shape.
+    Raises BridgeError naming the file, and a field whose value is not supported or the tensors that
+    are missing, unknown or of another shape.
     """
     path, given = folder.root / "config.json", folder.json("config.json")
     fields = _fields(path, given)
@@ -97,7 +96,7 @@ def read_model(folder: Folder, source_pad: int | None = None) -> Marian:
 
 
 def _check_sizes(path: Path, tensors: Tensors, fields: dict[str, Any], table: str) -> None:
-    """So that a config of a billion layers or features is refused before they are counted up."""
+    """Refuses a config whose layers or features are not in the file, before building the shapes."""
     for side in ("encoder", "decoder"):
         last = f"model.{side}.layers.{fields[f'{side}_layers'] - 1}."
         if not any(name.startswith(last) for name in tensors):
@@ -106,14 +105,14 @@ def _check_sizes(path: Path, tensors: Tensors, fields: dict[str, Any], table: st
                 f"{side}_layers={fields[f'{side}_layers']}"
             )
     wanted = [fields["decoder_vocab_size"], fields["d_model"]]
-    found = list(tensors[table].shape) if table in tensors else None
-    if found != wanted:
-        how = f"of another shape: {table} {found}, not" if found else f"missing: {table}"
+    shape = list(tensors[table].shape) if table in tensors else None
+    if shape != wanted:
+        how = f"of another shape: {table} {shape}, not" if shape else f"missing: {table}"
         raise BridgeError(f"{path}: tensors that are {how} {wanted}")
 
 
 def _fields(path: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields that matter, each of the type of its default."""
+    """The fields that are read, each checked for the type of its default."""
     for name, value in ONLY.items():
         if given.get(name, value) != value:
             raise BridgeError(f"{path}: {name}={given[name]!r} is not supported, only {value!r}")
@@ -233,9 +232,9 @@ def _attention_biases(arrays: Tensors) -> list[str]:
 def _as_noted(
     path: Path, note: dict[str, Any], config: TransformerConfig, arrays: Tensors
 ) -> tuple[TransformerConfig, Tensors]:
-    """A model that was ours before, as it was: what is not Marian's stands in a note.
+    """Restores the options of a model that was exported from here, by its note in config.json.
 
-    Biases that it did not have are left out again, if they are still zero.
+    Biases that it did not have are removed again if they are still zero.
     """
     try:
         note = current_fields(note)
@@ -274,7 +273,7 @@ def refuse_what_marian_lacks(config: TransformerConfig) -> None:
 
 
 class Written(NamedTuple):
-    """What `model_files` makes of a model."""
+    """The result of `model_files`."""
 
     config: dict[str, Any]
     weights: bytes
@@ -292,13 +291,13 @@ def model_files(
     refuse_what_marian_lacks(config)
     v = config.vocab_size
     source_size = config.source_vocab_size or v
-    # Their ids: ours less one, padding last; but one padding must be within both vocabularies.
+    # Their id is ours minus one, with padding last; but padding must be an id of both vocabularies.
     shift = 1 if source_size == v else 0
     target, source = (np.roll(np.arange(n), shift) for n in (v, source_size))
     arrays = reorder_ids(arrays, np.argsort(target), np.argsort(source))
     if config.sinusoid_layout == "interleaved":
         arrays = reorder_features(arrays, halves_from_interleaved(config.d_model))
-    # Biases that the model lacks are zeros there.
+    # Biases that our model lacks become zeros.
     shapes = shapes_of(dataclasses.replace(config, projection_bias=True, output_bias=True))
     lacking = shapes.keys() - shapes_of(config).keys()
     arrays = arrays | {name: np.zeros(shapes[name], np.float32) for name in lacking}
@@ -307,7 +306,7 @@ def model_files(
     tables |= {} if shared else {"source": ENCODER}
     tables |= {} if config.tied_output else {"output": HEAD}
     tensors = give(arrays, _links(config, tables))
-    if shared and not config.tied_output:  # untied, their library reads a matrix a side
+    if shared and not config.tied_output:  # untied, their library reads one matrix per side
         tensors |= dict.fromkeys((ENCODER, DECODER), tensors[SHARED])
     fields = _written_fields(config, positions) | {
         "pad_token_id": int(target[0]), "eos_token_id": int(target[eos]),

@@ -1,4 +1,4 @@
-"""The matrices of the vocabularies, and the tables of positions, in a file of Marian's weights."""
+"""Finds the embedding matrices and position tables in a file of Marian weights."""
 
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ SHARED, ENCODER, DECODER, HEAD = (
 
 
 def without_positions(path: Path, tensors: Tensors, d_model: int) -> Tensors:
-    """Leaves out the tables of positions, which must hold what the formula gives."""
+    """Removes the position tables, after checking them against the formula."""
     names = [f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder")]
     for name in set(names) & tensors.keys():
         table = tensors[name]
         if table.ndim == 2 and table.shape[1] == d_model and d_model % 2 == 0:
             expected = sinusoids(len(table), d_model, "halves")
-            # What 16 bits can hold of a sine, where the file has so many.
+            # The precision of a sine in 16 bits, where the file has 16.
             tolerance = 5e-3 if table.dtype.itemsize == 2 else 1e-5
             if np.abs(table.astype(np.float32) - expected).max() <= tolerance:
                 continue
@@ -32,17 +32,17 @@ def without_positions(path: Path, tensors: Tensors, d_model: int) -> Tensors:
 def find_tables(
     path: Path, tensors: Tensors, fields: dict[str, Any]
 ) -> tuple[Tensors, dict[str, str]]:
-    """One name for each matrix of the vocabularies: 'source' (of its own), 'target', 'output'.
+    """One tensor name for each matrix: 'source' (if separate), 'target', 'output' (if untied).
 
-    A file may hold one matrix under several names; then they must be equal. Untied, their library
-    keeps a matrix for the encoder and one for the decoder even where the config says that they
-    share: where those differ, they are two.
+    A file may hold a matrix under several names, whose values must then be equal. For untied models
+    their library keeps separate matrices for encoder and decoder even where the config says that
+    they are shared; where the two differ, they are separate here too.
     """
     shared, tied = fields["share_encoder_decoder_embeddings"], fields["tie_word_embeddings"]
     sides = [tensors[n] for n in (ENCODER, DECODER) if n in tensors]
     if shared and not tied and len(sides) == 2 and not np.array_equal(*sides):
         shared = False
-        tensors = {n: t for n, t in tensors.items() if n != SHARED}  # nothing reads it
+        tensors = {n: t for n, t in tensors.items() if n != SHARED}  # it is not used
     groups = {
         (True, True): {"target": (SHARED, ENCODER, DECODER, HEAD)},
         (True, False): {"target": (SHARED, ENCODER, DECODER), "output": (HEAD,)},

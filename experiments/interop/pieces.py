@@ -9,7 +9,7 @@ from experiments.interop.files import BridgeError, Folder, named_few
 
 
 def read_ids(folder: Folder, name: str) -> dict[str, int]:
-    """The id of each piece; BridgeError naming a file that holds something else."""
+    """The id of each piece; BridgeError naming a file with other content."""
     ids = folder.json(name)
     for piece, i in ids.items():
         if type(i) is not int:
@@ -20,7 +20,7 @@ def read_ids(folder: Folder, name: str) -> dict[str, int]:
 def pieces_of(path: Path, ids: dict[str, int], order: np.ndarray) -> tuple[str, ...]:
     """The pieces in the order of our ids, where `order` is our id -> theirs.
 
-    Raises BridgeError where the ids are not those of the model, each once.
+    Raises BridgeError unless each id of the model occurs exactly once.
     """
     by_id = {i: piece for piece, i in ids.items()}
     size = len(order)
@@ -37,12 +37,12 @@ def pieces_of(path: Path, ids: dict[str, int], order: np.ndarray) -> tuple[str, 
 
 
 def numbered(pieces: tuple[str, ...], order: np.ndarray) -> dict[str, int]:
-    """vocab.json: the pieces with their ids, in the order of these."""
+    """The content of vocab.json: pieces with their ids, in the order of the ids."""
     theirs = sorted(zip(order.tolist(), pieces, strict=True))
     return {piece: i for i, piece in theirs}
 
 
 def own_ids(model: bytes) -> dict[str, int]:
-    """The ids that a SentencePiece model itself gives its pieces."""
+    """The ids of the pieces in the SentencePiece model itself."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}

@@ -1,4 +1,4 @@
-"""What tensors are called in a state dict: in `torch.nn.Transformer`, and around it."""
+"""The names of tensors in a state dict: in `torch.nn.Transformer`, and around it."""
 
 import dataclasses
 import re
@@ -55,7 +55,7 @@ class TorchOptions:
 
 
 class Dialect(NamedTuple):
-    """How one kind of code names the parts of a layer."""
+    """The names of a layer's parts in one code base."""
 
     attentions: dict[str, str]
     projections: dict[str, str]  # q, k, v, o; q alone where the three are packed
@@ -80,11 +80,11 @@ TUTORIAL = Dialect(
      "decoder": "ff_layer_norm"},
     ("positionwise_feedforward.fc_1", "positionwise_feedforward.fc_2"),
 )  # fmt: skip
-"""The sequence-to-sequence tutorial that many small models were written after."""
+"""The names of a sequence-to-sequence tutorial that many small models follow."""
 
 
 def without_wrappers(tensors: Tensors) -> Tensors:
-    """Without what data parallelism and compilation put before every name."""
+    """Removes the prefixes that data parallelism and compilation add to every name."""
     for wrapper in ("module.", "_orig_mod."):
         if tensors and all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): array for name, array in tensors.items()}
@@ -92,7 +92,7 @@ def without_wrappers(tensors: Tensors) -> Tensors:
 
 
 class Body(NamedTuple):
-    """The layers: how they are named, how many there are, and what they have."""
+    """Encoder and decoder of a state dict: names, number of layers, options."""
 
     dialect: Dialect
     prefix: str
@@ -102,27 +102,27 @@ class Body(NamedTuple):
     final_norms: bool
 
     def holds(self, name: str) -> bool:
-        """Whether a name is one of encoder and decoder themselves."""
+        """Whether a name belongs to encoder or decoder."""
         inside = rf"{re.escape(self.prefix)}(encoder|decoder)\.(layers\.\d|norm\.(weight|bias)$)"
         return re.match(inside, name) is not None
 
 
 def find_body(path: Path, tensors: Tensors) -> Body:
-    """Encoder and decoder in a state dict; BridgeError where they are not there, or not whole."""
+    """Finds encoder and decoder; BridgeError where they are missing or incomplete."""
     for dialect in (NN, TUTORIAL):
         first, q = dialect.attentions["attention"], next(iter(dialect.projections.values()))
         ending = f"encoder.layers.0.{first}.{q}weight"
-        found = [name for name in tensors if name.endswith(ending)]
-        if len(found) > 1:
-            raise BridgeError(f"{path}: several encoders: {named_few(found)}")
-        if found:
+        names = [name for name in tensors if name.endswith(ending)]
+        if len(names) > 1:
+            raise BridgeError(f"{path}: several encoders: {named_few(names)}")
+        if names:
             break
     else:
         raise BridgeError(
             f"{path}: no encoder.layers.0.self_attn.in_proj_weight in it, so no state dict of a "
             f"torch.nn.Transformer; it has {named_few(sorted(tensors)) or 'nothing'}"
         )
-    prefix = found[0].removesuffix(ending)
+    prefix = names[0].removesuffix(ending)
     layers = {}
     for side in ("encoder", "decoder"):
         pattern = re.compile(rf"{re.escape(prefix)}{side}\.layers\.(\d+)\.")
@@ -134,12 +134,12 @@ def find_body(path: Path, tensors: Tensors) -> Body:
     if norms[0] != norms[1]:
         only = "encoder" if norms[0] else "decoder"
         raise BridgeError(f"{path}: a final norm in the {only} alone is not supported")
-    biases = found[0].removesuffix("weight") + "bias" in tensors
-    return Body(dialect, prefix, layers, tensors[found[0]].shape[-1], biases, norms[0])
+    biases = names[0].removesuffix("weight") + "bias" in tensors
+    return Body(dialect, prefix, layers, tensors[names[0]].shape[-1], biases, norms[0])
 
 
 def with_biases(tensors: Tensors, body: Body) -> Tensors:
-    """With zeros for the biases that `bias=False` leaves out and we always have."""
+    """Adds zeros for the biases that `bias=False` leaves out and our model always has."""
     attentions = tuple(f".{name}." for name in body.dialect.attentions.values())
     made = {}
     for name, array in tensors.items():
@@ -151,15 +151,15 @@ def with_biases(tensors: Tensors, body: Body) -> Tensors:
 
 
 class Around(NamedTuple):
-    """The names of what stands around the layers, and the tables of positions [n, D]."""
+    """The names of the tensors outside the layers, and the position tables [n, D]."""
 
     source: str
     target: str
     output: str | None  # None: tied
     output_bias: str | None
-    tables: tuple[str, ...]  # of the source's and the target's positions, or none
+    tables: tuple[str, ...]  # the position tables of source and target, or none
     positions: Tensors
-    again: tuple[str, ...]  # matrices that stand in the file under another name too
+    again: tuple[str, ...]  # further names of the same matrices
 
 
 _POSITIONS = re.compile(r"pos|(^|[._])pe($|[._])")
@@ -170,8 +170,11 @@ SIDES = {
 
 
 def find_around(path: Path, tensors: Tensors, body: Body, options: TorchOptions) -> Around:
-    """What stands around the layers; BridgeError naming the candidates, and the flag that says
-    which is meant, where the names do not tell."""
+    """Finds the tensors outside the layers.
+
+    Raises BridgeError, naming the candidates and the flag that selects one, where names are
+    ambiguous.
+    """
     given = {f: getattr(options, f) for f in ("source_embedding", "target_embedding", "output",
                                               "source_positions", "target_positions")}  # fmt: skip
     if absent := [name for name in given.values() if name and name not in tensors]:
@@ -211,7 +214,7 @@ def find_around(path: Path, tensors: Tensors, body: Body, options: TorchOptions)
 def _pick(
     path: Path, candidates: dict[str, tuple[int, ...]], what: str, side: str | None = None
 ) -> str:
-    """The one candidate, or the one whose name is of that side."""
+    """The only candidate, or the only one whose name belongs to that side."""
     names = list(candidates)
     if len(names) > 1 and side is not None:
         names = [name for name in names if SIDES[side].search(name)]
@@ -232,8 +235,7 @@ def _table(path: Path, name: str, array: np.ndarray, d_model: int) -> np.ndarray
 
 
 def _merged(tensors: Tensors, around: Around, options: TorchOptions) -> Around:
-    """With what are one matrix in the model, and stand in the file under each of their names, as
-    one: they hold the same numbers."""
+    """Merges the names of matrices that are shared in the model, if their values are equal."""
 
     def same(name: str | None) -> bool:
         there = name is not None and name != around.target

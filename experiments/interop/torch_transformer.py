@@ -1,8 +1,8 @@
-"""State dicts of `torch.nn.Transformer`, and of the tutorials' Transformers of the same form, in.
+"""Imports state dicts of `torch.nn.Transformer` and of tutorial Transformers of the same form.
 
-A state dict has names and numbers alone. What it does not tell (heads, activation, norm placement,
-ids) is asked for; what a model around `torch.nn.Transformer` names as it likes (embeddings, output,
-positions) is found by the usual names, or told by a flag.
+A state dict has only names and arrays. What it lacks (heads, activation, norm placement, ids) is
+given by flags. What has no standard name (embeddings, output, positions) is found by the usual
+names, or by a flag.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ from tfm.config import TransformerConfig
 
 
 class Imported(NamedTuple):
-    """A model with our ids and our arrays, by their flat names."""
+    """An imported model with our ids, and our arrays by flat name."""
 
     config: TransformerConfig
     arrays: Tensors
@@ -46,10 +46,9 @@ class Imported(NamedTuple):
 
 
 def read_model(path: Path, options: TorchOptions) -> Imported:
-    """The model of a `.safetensors` file or of one that torch saved (which needs torch).
+    """Reads the model of a `.safetensors` file, or of a file that torch saved (which needs torch).
 
-    Raises BridgeError naming the file and what is missing, unknown, of another shape, or cannot be
-    told apart.
+    Raises BridgeError naming the file and what is missing, unknown, of another shape, or ambiguous.
     """
     tensors = without_wrappers(read_tensors(path))
     body = find_body(path, tensors)
@@ -70,7 +69,7 @@ def read_model(path: Path, options: TorchOptions) -> Imported:
 def _layout(
     path: Path, around: Around, d_model: int, options: TorchOptions
 ) -> Layout | Literal["learned"]:
-    """The formula that gives their positions, or 'learned' where none does."""
+    """The sinusoid layout that matches their position table, else 'learned'."""
     asked = options.sinusoid_layout
     if not around.tables:
         if asked is None:
@@ -80,7 +79,7 @@ def _layout(
             )
         return asked
     for layout in get_args(Layout) if d_model % 2 == 0 else ():
-        # In f32 the angle of position 5,000 is off by 5e-4, which other libraries live with.
+        # In f32 the angle of position 5,000 has an error of 5e-4, which other libraries accept.
         if all(
             np.abs(table - sinusoids(len(table), d_model, layout)).max() < 2e-3
             for table in around.positions.values()

@@ -1,1 +1,1 @@
-"""What a training would need and how fast it should be, on devices that are not at hand."""
+"""Estimates the memory, traffic and time of a training on devices that are not available."""

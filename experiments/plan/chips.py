@@ -1,26 +1,26 @@
-"""The chips that a plan is made for, as their vendors describe them."""
+"""The chips of a plan, with the peaks of their vendors' data sheets."""
 
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """A chip's peaks: none of them is reached."""
+    """A chip's peaks, which no program reaches."""
 
     name: str
     platform: str
-    """What JAX calls it: 'cuda' or 'tpu'."""
+    """JAX's name of the platform: 'cuda' or 'tpu'."""
     bfloat16: float
-    """FLOP/s of dense matrix products of 16 bits that are summed in f32."""
+    """FLOP/s of dense 16-bit matrix products that are accumulated in f32."""
     float32: float
-    """FLOP/s of exact f32 products, which `tfm.kernels.precision` asks for: not those of TF32."""
+    """FLOP/s of exact f32 products, which `tfm.kernels.precision` requests: not of TF32."""
     memory: float
     """Bytes."""
     bandwidth: float
     """Bytes/s of the memory."""
     link: float
-    """Bytes/s that a chip sends to the others beside it, in one direction."""
+    """Bytes/s that a chip sends to its neighbours, in one direction."""
     source: str
-    """Of the numbers, without sparsity; and what the link is made of."""
+    """The source of the numbers (without sparsity), and what the link is."""
 
 
 # HIGHEST precision on a TPU is six products of bf16.

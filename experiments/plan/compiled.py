@@ -1,4 +1,4 @@
-"""What XLA makes of a step for forced host devices: its memory, its FLOPs, its collectives."""
+"""Compiles a step for simulated CPU devices, and reads its memory, FLOPs and collectives."""
 
 import contextlib
 import math
@@ -24,20 +24,20 @@ from tfm.training import (
     skip_nonfinite,
 )
 
-# LLVM's passes take most of the time, and change nothing of what is asked here.
+# LLVM's passes take most of the compile time, and do not change what is read here.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-# XLA for the CPU takes away what keeps a layer's second computation apart from its first, and finds
-# them equal. With the barriers in place it computes anew, as on other devices.
+# XLA for the CPU removes the barriers around a rematerialised layer, and then merges it with the
+# first computation. With the barriers kept it recomputes the layer, as on other devices.
 BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def lower(work: Work, devices: Sequence[Any] | None = None) -> Any:
     """The training step, as `train_model` runs it, lowered for the work's mesh.
 
-    devices: those of the mesh, which need not be here (`jax.experimental.topologies`). None: those
-    that are visible.
+    devices: of the mesh, possibly described only (`jax.experimental.topologies`). None: the visible
+    ones.
 
-    Raises ValueError as `MeshConfig.over` does, where the devices are too few.
+    Raises ValueError, as `MeshConfig.over`, where there are too few devices.
     """
     model = Transformer(work.model)
     optimizer = make_optimizer(paper_schedule(work.model.d_model), 1.0)
@@ -64,9 +64,9 @@ def lower(work: Work, devices: Sequence[Any] | None = None) -> Any:
 
 
 def compile_quickly(work: Work) -> Any:
-    """The compiled step, for what can be read of it; it would run slowly."""
-    anew = work.model.rematerialize == "layers"
-    return lower(work).compile(compiler_options=QUICK | (BARRIERS if anew else {}))
+    """The compiled step, to be inspected; it is not optimised for running."""
+    recomputes = work.model.rematerialize == "layers"
+    return lower(work).compile(compiler_options=QUICK | (BARRIERS if recomputes else {}))
 
 
 class Emitted(NamedTuple):
@@ -75,9 +75,9 @@ class Emitted(NamedTuple):
     kind: str
     axes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    """Of its results on one device."""
+    """The shapes of its results on one device."""
     bytes: int
-    """Of those that are not single numbers."""
+    """The bytes of results that are not scalars."""
 
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
@@ -95,34 +95,34 @@ def _numbers(listed: str) -> list[int]:
     return [int(n) for n in listed.split(",")]
 
 
-def _first_group(told: str) -> list[int]:
+def _first_group(attributes: str) -> list[int]:
     """The devices, by number, of the first group of a collective's `replica_groups`."""
-    if found := _LISTED.search(told):
-        return _numbers(found[1])
-    if found := _IOTA.search(told):
-        sizes = _numbers(found[3])
+    if match := _LISTED.search(attributes):
+        return _numbers(match[1])
+    if match := _IOTA.search(attributes):
+        sizes = _numbers(match[3])
         ids = np.arange(math.prod(sizes)).reshape(sizes)
-        ids = ids.transpose(_numbers(found[4])) if found[4] else ids
-        return ids.reshape(int(found[1]), int(found[2]))[0].tolist()
-    if found := _NAMED.search(told):
-        names = re.findall(r"'(\w+)'=(\d+)", found[1])
+        ids = ids.transpose(_numbers(match[4])) if match[4] else ids
+        return ids.reshape(int(match[1]), int(match[2]))[0].tolist()
+    if match := _NAMED.search(attributes):
+        names = re.findall(r"'(\w+)'=(\d+)", match[1])
         sizes = [int(size) for _, size in names]
         ids = np.arange(math.prod(sizes))
-        if found[2]:
-            ids = ids.reshape(_numbers(found[2])).transpose(_numbers(found[3]))
-        within = re.findall(r"'(\w+)'", found[4])
+        if match[2]:
+            ids = ids.reshape(_numbers(match[2])).transpose(_numbers(match[3]))
+        within = re.findall(r"'(\w+)'", match[4])
         index = tuple(slice(None) if name in within else 0 for name, _ in names)
-        if "(" not in found[4]:  # no part of an axis
+        if "(" not in match[4]:  # whole axes only
             return ids.reshape(sizes)[index].reshape(-1).tolist()
-    raise ValueError(f"cannot read the groups of a collective: {told[:200]}")
+    raise ValueError(f"cannot read the groups of a collective: {attributes[:200]}")
 
 
 def emitted(text: str, work: Work) -> list[Emitted]:
-    """The collectives of optimised HLO, without those that each device has with itself alone."""
+    """The collectives of optimised HLO, without those over a single device."""
     ids = np.arange(work.devices).reshape(tuple(work.mesh.sizes.values()))
-    found = []
-    for result, kind, told in _OPERATION.findall(text):
-        group = _first_group(told)
+    operations = []
+    for result, kind, attributes in _OPERATION.findall(text):
+        group = _first_group(attributes)
         where = np.argwhere(np.isin(ids, group))
         axes = tuple(a for i, a in enumerate(AXES) if len(set(where[:, i].tolist())) > 1)
         if math.prod(work.mesh.sizes[a] for a in axes) != len(group):
@@ -131,14 +131,14 @@ def emitted(text: str, work: Work) -> list[Emitted]:
             continue
         arrays = [(t, tuple(_numbers(s)) if s else ()) for t, s in _ARRAY.findall(result)]
         size = sum(_BYTES[t] * math.prod(shape) for t, shape in arrays if shape)
-        found.append(Emitted(kind, axes, tuple(shape for _, shape in arrays), size))
-    return found
+        operations.append(Emitted(kind, axes, tuple(shape for _, shape in arrays), size))
+    return operations
 
 
-def by_kind(found: list[Any]) -> Counter[tuple[str, tuple[str, ...]]]:
-    """Bytes by kind and axes, of collectives planned or emitted; none of single numbers alone."""
+def by_kind(collectives: list[Any]) -> Counter[tuple[str, tuple[str, ...]]]:
+    """Total bytes by kind and axes of planned or emitted collectives; scalars are left out."""
     total: Counter[tuple[str, tuple[str, ...]]] = Counter()
-    for c in found:
+    for c in collectives:
         if c.bytes:
             total[c.kind, c.axes] += c.bytes
     return total

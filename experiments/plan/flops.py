@@ -1,14 +1,14 @@
-"""Floating-point operations of matrix products, which are nearly all that there are.
+"""Floating-point operations of the matrix products, which are nearly all operations.
 
-2·I·O a position for a product by an [I, O] matrix, 4·L·K·D for an attention of L queries and K
-keys. The letters are those of `tfm`; `source` and `target` are positions of one row.
+A product by an [I, O] matrix takes 2·I·O per position; an attention of L queries and K keys takes
+4·L·K·D. The letters are those of `tfm`; `source` and `target` are the positions of one row.
 """
 
 from tfm.config import TransformerConfig
 
 
 def forward_flops(config: TransformerConfig, source: int, target: int) -> int:
-    """Those of one forward pass over one row."""
+    """FLOPs of the forward pass of one row."""
     encoder, decoder, keys = _matrices(config)
     layers = config.num_encoder_layers * source * encoder
     layers += config.num_decoder_layers * (target * decoder + source * keys)
@@ -16,32 +16,35 @@ def forward_flops(config: TransformerConfig, source: int, target: int) -> int:
 
 
 def training_flops(config: TransformerConfig, source: int, target: int) -> int:
-    """Those of one row of a step: the backward pass has two products for each of the forward."""
+    """FLOPs of one row in a step: the backward pass has two products for each forward one."""
     return 3 * forward_flops(config, source, target)
 
 
 def _matrices(config: TransformerConfig) -> tuple[int, int, int]:
-    """Those of a position in the matrices of an encoder layer; of a decoder layer for the target, Q
-    and O of the cross-attention among them; and for the source, its K and V."""
+    """FLOPs per position of the matrices in an encoder layer, in a decoder layer for the target
+    (with Q and O of the cross-attention), and for the source (its K and V)."""
     d, f = config.d_model, config.d_ff
     return 2 * (4 * d * d + 2 * d * f), 2 * (6 * d * d + 2 * d * f), 2 * (2 * d * d)
 
 
 def attention_flops(config: TransformerConfig, source: int, target: int) -> int:
-    """Those of QKᵀ and of the weighted sum of V, of one row forward."""
+    """FLOPs of QKᵀ and of the weighted sums of V, in the forward pass of one row."""
     pairs = config.num_encoder_layers * source * source
     pairs += config.num_decoder_layers * (target + source) * target
     return 4 * pairs * config.d_model
 
 
 def logits_flops(config: TransformerConfig, target: int) -> int:
-    """Those of yW, of one row forward."""
+    """FLOPs of yW, in the forward pass of one row."""
     return 2 * target * config.d_model * config.vocab_size
 
 
 def decoding_flops(config: TransformerConfig, source: int, steps: float, beam: int) -> float:
-    """Those of a search with a cache for one source: the encoder and the cross-attention's K and V
-    once, the rest once a step of each hypothesis, whose attention sees what is before it."""
+    """FLOPs of decoding one source with a cache.
+
+    The encoder and the K and V of the cross-attention run once. The rest runs once per step and
+    hypothesis, with an attention over the positions so far.
+    """
     once = forward_flops(config, source, 0)
     step = config.num_decoder_layers * _matrices(config)[1] + logits_flops(config, 1)
     pairs = config.num_decoder_layers * (steps * (steps + 1) / 2 + steps * source)

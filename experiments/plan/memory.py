@@ -1,4 +1,4 @@
-"""What a step holds besides its arguments: activations that the backward pass takes up, gradients.
+"""The memory of a step besides its arguments: activations for the backward pass, and gradients.
 
 The letters are those of `tfm`: R rows on a device, S and T positions, n = R·S or R·T of them, D, F
 and V features, H heads, t = mesh.tensor. A number is 4 bytes.
@@ -11,44 +11,44 @@ from experiments.plan.work import WORD, Parameter, Work, parameter_bytes, parame
 
 
 class Habits(NamedTuple):
-    """How a compiler holds what could be held in more than one way."""
+    """The choices of a compiler that affect memory."""
 
     platform: str
     weights: int
-    """Copies of softmax(QKᵀ/√d_k) that are kept, where it is kept at all."""
+    """Stored copies of softmax(QKᵀ/√d_k), where it is stored at all."""
     draw: int
-    """Bytes that are kept of each element that is dropped out."""
+    """Stored bytes per element of a dropout mask."""
     copies: bool
     """Whether arguments that a step overwrites are copied first."""
     whole: bool
-    """Whether gradients wait for their sum over `fsdp`, of which a device keeps its own part."""
+    """Whether whole gradients are stored until their sum over `fsdp` is divided."""
 
 
-# As measured. XLA for the CPU keeps exp(z − max) beside the weights made of it, and both words of
-# each random draw in the place of the mask. Where a step writes over an argument that another part
-# of it still reads, it copies that first. It puts many small sums into one all-reduce, which waits
-# for all of them.
+# Measured. XLA for the CPU stores exp(z − max) beside the attention weights, and both words of each
+# random number in the place of the dropout mask. An argument that is overwritten while another part
+# of the step still reads it is copied first. Many small sums share one all-reduce, which waits for
+# all of them.
 CPU = Habits("cpu", weights=2, draw=2, copies=True, whole=True)
-# Not measured: what the derivatives need, and no more.
+# Not measured: only what the derivatives need.
 GPU, TPU = (Habits(name, weights=1, draw=1, copies=False, whole=False) for name in ("cuda", "tpu"))
 
 
 class Stage(NamedTuple):
-    """A part of the model, in bytes on one device."""
+    """The bytes of a part of the model on one device."""
 
     name: str
     enters: int
-    """What goes into it and has to stay, whatever is computed anew."""
+    """Its inputs, which are stored even where it is recomputed."""
     kept: int
-    """What it keeps for the backward pass."""
+    """What it stores for the backward pass."""
     gathered: int
-    """Its parameters as products have them, where they are not in that form already."""
+    """Its parameters in the form for products, where that is a copy."""
     gradients: int
     """The gradients of its parameters."""
 
 
 def _attention(work: Work, habits: Habits, length: int, keys: int) -> int:
-    """Bytes of what lies between the projections of one attention: weights, and their sums."""
+    """Bytes of one attention between its projections: weights, and sums over them."""
     c, rows = work.model, work.rows_at_once
     heads = rows * c.num_heads // work.tensor
     kept = WORD * heads * length  # Σ exp, or its logarithm
@@ -74,8 +74,10 @@ def _feed_forward(work: Work, habits: Habits, n: int) -> int:
 
 
 def encoder_layer(work: Work, habits: Habits) -> int:
-    """4(2·2 n(D + 1.5) + 4 nD/t + 2 nF/t) + draws 2 nD + weights R·H/t·S²; Q, K, V and the merged
-    heads are the 4."""
+    """4(2·2 n(D + 1.5) + 4 nD/t + 2 nF/t) + draws 2 nD + weights R·H/t·S².
+
+    The 4 nD/t are Q, K, V and the merged heads.
+    """
     n = work.rows_at_once * work.source
     projected = WORD * 4 * n * work.model.d_model // work.tensor
     return (
@@ -87,8 +89,8 @@ def encoder_layer(work: Work, habits: Habits) -> int:
 
 
 def decoder_layer(work: Work, habits: Habits) -> int:
-    """The same with three sub-layers: the cross-attention has Q and the heads of the target's
-    length, K and V of the source's."""
+    """As `encoder_layer`, with three sub-layers. In the cross-attention Q and the merged heads have
+    the target's length, K and V the source's."""
     d, t = work.model.d_model, work.tensor
     source, n = (work.rows_at_once * length for length in (work.source, work.target))
     projected = WORD * (4 * n + 2 * n + 2 * source) * d // t
@@ -107,26 +109,26 @@ def logits_bytes(work: Work) -> int:
 
 
 def loss_bytes(work: Work) -> int:
-    """The logits' gradients as they are summed: of exp, of the label's own, and of those beyond the
-    vocabulary, where it is padded."""
+    """Bytes of the logits' gradients: of exp, of the label's logit, and of the padding rows where
+    the vocabulary is padded."""
     return (3 if work.vocabulary > work.model.vocab_size else 2) * logits_bytes(work)
 
 
-def _gathered(work: Work, found: Iterable[Parameter]) -> int:
-    """Bytes of the parameters in the form that products take, which are held until the backward.
+def _gathered(work: Work, chosen: Iterable[Parameter]) -> int:
+    """Bytes of parameters in the form for products, which are stored until the backward pass.
 
-    Over `fsdp` all of them; without it W^Q, W^K and W^V, which are laid side by side.
+    With `fsdp` these are all parameters; without it W^Q, W^K and W^V, which are concatenated.
     """
     if work.mesh.fsdp == 1:
-        found = [p for p in found if p.name in ("w_q", "w_k", "w_v")]
-    return WORD * sum(p.elements(work.mesh, gathered=True) for p in found if p.gathered)
+        chosen = [p for p in chosen if p.name in ("w_q", "w_k", "w_v")]
+    return WORD * sum(p.elements(work.mesh, gathered=True) for p in chosen if p.gathered)
 
 
 def stages(work: Work, habits: Habits) -> list[Stage]:
     """The model's parts in the order of the forward pass."""
     c, d, mesh = work.model, work.model.d_model, work.mesh
     named = {p.name: p for p in parameters(c)}
-    found: list[Stage] = []
+    result: list[Stage] = []
 
     def size(chosen: Iterable[Parameter], gathered: bool = habits.whole) -> int:
         return WORD * sum(p.elements(mesh, gathered=gathered) for p in chosen)
@@ -137,48 +139,48 @@ def stages(work: Work, habits: Habits) -> list[Stage]:
     ):
         x = WORD * work.rows_at_once * length * d
         draws = habits.draw * x // WORD if c.dropout_rate else 0
-        # Each lookup has a gradient as large as the table, of which fsdp takes parts afterwards.
+        # Each lookup has a gradient as large as the table, which fsdp divides afterwards.
         looked_up = size([named.get(table, named["embedding"])], gathered=True)
-        # A table that makes the logits too is held until they are done with.
+        # A table that is also the output matrix is stored until the logits are done.
         held = table in named and not (c.tied_output and table == "embedding")
         own = [named[table]] if held else []
-        found.append(
+        result.append(
             Stage(f"{side} embedding", x, x + draws, _gathered(work, own), looked_up)
         )  # fmt: skip
         weights = parameters(c, f"{side}_0")
         stage = Stage(side, x, kept(work, habits), _gathered(work, weights), size(weights))
-        found += [stage] * layers
+        result += [stage] * layers
         if c.has_final_norm:
-            found.append(Stage(f"{side} norm", x, 2 * x, 0, 2 * WORD * d))
+            result.append(Stage(f"{side} norm", x, 2 * x, 0, 2 * WORD * d))
     rest = [named["embedding" if c.tied_output else "output"]]
-    return [*found, Stage("loss", 0, loss_bytes(work), _gathered(work, rest), size(rest))]
+    return [*result, Stage("loss", 0, loss_bytes(work), _gathered(work, rest), size(rest))]
 
 
 def activation_bytes(work: Work, habits: Habits) -> int:
-    """Bytes of all that the forward pass keeps, logits apart."""
-    anew = work.model.rematerialize == "layers"
+    """Bytes of all that the forward pass stores, without the logits."""
+    recomputes = work.model.rematerialize == "layers"
     return sum(
-        s.enters if anew and s.name in ("encoder", "decoder") else s.kept
+        s.enters if recomputes and s.name in ("encoder", "decoder") else s.kept
         for s in stages(work, habits)[:-1]
     )  # fmt: skip
 
 
 def temporary_bytes(work: Work, habits: Habits) -> int:
-    """The most that a step holds at once besides its arguments, on one device.
+    """The peak bytes of a step besides its arguments, on one device.
 
-    The backward pass goes through the stages from the last to the first: what it has passed has
-    gradients in the place of activations. The largest sum on the way is what is needed:
+    The backward pass runs through the stages from last to first, and replaces the activations of
+    each by gradients. The peak is the largest sum on the way:
 
         maxᵢ (Σ_{j<i} held by j + kept by i + Σ_{j>i} gradients of j)
 
-    where a layer that is computed anew holds what goes into it, and any other all that it keeps.
+    where a recomputed layer holds only its inputs, and any other stage all that it stores.
     """
     model = stages(work, habits)
-    anew = work.model.rematerialize == "layers"
+    recomputes = work.model.rematerialize == "layers"
     most = before = 0
     held = []
     for stage in model:
-        layer = anew and stage.name in ("encoder", "decoder")
+        layer = recomputes and stage.name in ("encoder", "decoder")
         held.append(stage.enters if layer else stage.kept + stage.gathered)
     for i, stage in enumerate(model):
         after = sum(s.gradients for s in model[i + 1 :])
@@ -191,10 +193,10 @@ def temporary_bytes(work: Work, habits: Habits) -> int:
 
 
 def copied_bytes(work: Work) -> int:
-    """Bytes that XLA for the CPU copies: both moments; over a mesh the target's table twice.
+    """Bytes that XLA for the CPU copies: both moments, and on a mesh the target's table twice.
 
-    Some of the activations then lie where the moments were, which is not counted: the sum is too
-    large, by up to a quarter, where a device has few rows.
+    It then reuses the moments' memory for some activations, which is not counted: the sum is up to
+    a quarter too large where a device has few rows.
     """
     table = next(p for p in parameters(work.model) if p.name == "embedding")
     tables = 2 * WORD * table.elements(work.mesh, gathered=True) if work.devices > 1 else 0

@@ -1,4 +1,4 @@
-"""`plan`: the command that says what a training would need, from its flags to its answer."""
+"""The plan command: flags, and the printed plan."""
 
 import dataclasses
 import math
@@ -21,9 +21,9 @@ from tfm.parallel.mesh import MeshConfig
 ChipName = Literal["all", "A100-40GB", "A100-80GB", "H100", "H200", "L4", "TPU-v4", "TPU-v5e",
                    "TPU-v5p", "TPU-v6e"]  # fmt: skip
 SMALL = 20_000_000
-"""Parameters of a model that is compiled without being asked for."""
+"""Most parameters of a model that is compiled by default."""
 FEW = 16
-"""Devices for which it is."""
+"""Most devices for which it is compiled by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +73,15 @@ class PlanConfig:
 
 
 def defaults(preset: str) -> dict[str, Any]:
-    """The fields that a preset decides, for flags to change."""
+    """The defaults of a preset, which flags override."""
     chosen = configured(preset, "paper")
     return {name: chosen[name] for name in ("preset", "model", "steps")}
 
 
 def work_of(config: PlanConfig) -> Work:
-    """The step to plan, its vocabulary padded to what the mesh divides.
+    """The step to plan, with its vocabulary padded for the mesh.
 
-    Raises UserError, naming what does not divide what.
+    Raises UserError where the mesh does not divide the model or the batch.
     """
     mesh = dataclasses.replace(config.mesh, data=config.mesh.data or 1)
     try:
@@ -93,23 +93,23 @@ def work_of(config: PlanConfig) -> Work:
 
 
 def compiled_on_cpu(work: Work) -> tables.OnCPU:
-    """What XLA says of the step for so many devices of this CPU.
+    """Compiles the step for simulated devices of this CPU.
 
-    Raises UserError where JAX has begun with fewer devices.
+    Raises UserError where JAX was already started with fewer devices.
     """
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", work.devices)
-    except RuntimeError:  # JAX has begun: with devices enough, it may be
+    except RuntimeError:  # JAX was already started, perhaps with enough devices
         pass
     try:
         program = compile_quickly(work)
     except ValueError as error:
         raise UserError(str(error)) from None
     used = program.memory_analysis()
-    # A micro-batch's collectives stand once in the program, in a loop.
-    said = by_kind(emitted(program.as_text(), work)) if work.accumulation == 1 else None
-    return tables.OnCPU(used.argument_size_in_bytes, used.temp_size_in_bytes, said)
+    # With accumulation the collectives are in a loop, and would be counted once only.
+    collectives = by_kind(emitted(program.as_text(), work)) if work.accumulation == 1 else None
+    return tables.OnCPU(used.argument_size_in_bytes, used.temp_size_in_bytes, collectives)
 
 
 def run(config: PlanConfig) -> None:

@@ -1,4 +1,4 @@
-"""How long a step should take on a chip, and how many rows fit its memory: a roofline, no more."""
+"""A roofline model: the time of a step on a chip, and the number of rows that fit its memory."""
 
 import dataclasses
 from typing import NamedTuple
@@ -44,8 +44,8 @@ class Times(NamedTuple):
     exchange: float
     """bytes sent / (link · reached share)"""
     exposed: float
-    """What of that is waited for: the sums over tensor, and of the gradients and the gathered
-    parameters what is longer than the backward pass, ⅔ of the passes"""
+    """The communication that is not overlapped: all sums over tensor; of gradients and gathered
+    parameters, what takes longer than the backward pass (⅔ of the passes)"""
 
     @property
     def step(self) -> float:
@@ -57,7 +57,7 @@ def habits_on(chip: Chip) -> Habits:
 
 
 def times(work: Work, chip: Chip, assumed: Assumed) -> Times:
-    """What a step should take on devices that are such chips, all within reach of their links."""
+    """The expected times of a step on such chips, all connected by their links."""
     peak = chip.bfloat16 if work.model.compute_dtype == "bfloat16" else chip.float32
     computing = products(work).step / (work.devices * peak * assumed.products)
     kept = activation_bytes(work, habits_on(chip)) + loss_bytes(work)
@@ -72,14 +72,14 @@ def times(work: Work, chip: Chip, assumed: Assumed) -> Times:
 
 
 def needed_bytes(work: Work, habits: Habits) -> int:
-    """Bytes of one device: a step's arguments, and the most that it holds beside them."""
+    """Peak bytes of one device: a step's arguments and temporaries."""
     return argument_bytes(work) + temporary_bytes(work, habits)
 
 
 def most_rows(work: Work, chip: Chip, assumed: Assumed) -> int:
-    """The largest batch, in rows, that fits: what is needed ≤ the reached share of the memory.
+    """The largest batch, in rows, whose bytes fit the usable share of the memory.
 
-    0: not even one row a device and micro-batch fits.
+    0: not even one row per device and micro-batch fits.
     """
     unit = work.accumulation * work.mesh.parts("batch")
     most = assumed.memory * chip.memory

@@ -1,4 +1,4 @@
-"""The plan for a person to read: each number with its formula, in 80 columns."""
+"""The plan as tables: each number with its formula, in 80 columns."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,12 +40,12 @@ WIDTH = 80
 
 
 class OnCPU(NamedTuple):
-    """What XLA says of the step that it compiled for forced host devices."""
+    """Figures of the step that was compiled for simulated CPU devices."""
 
     arguments: int
     temporaries: int
     collectives: Counter[tuple[str, tuple[str, ...]]] | None
-    """Bytes by kind and axes. None: they stand in a loop, and are not counted."""
+    """Bytes by kind and axes. None: they are in a loop, and not counted."""
 
 
 def scaled(number: float, unit: str = "B") -> str:
@@ -57,7 +57,7 @@ def scaled(number: float, unit: str = "B") -> str:
 
 
 def _table(title: str, *columns: str, text: tuple[int, ...], gap: int = 2) -> Table:
-    """An empty table; `text` are the columns that are no numbers."""
+    """An empty table; `text` are the indices of text columns, the others are numbers."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
                  show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))  # fmt: skip
     for i, name in enumerate(columns):
@@ -66,7 +66,7 @@ def _table(title: str, *columns: str, text: tuple[int, ...], gap: int = 2) -> Ta
 
 
 def about(work: Work, preset: str) -> Table:
-    """The model, the mesh and the batch, with the letters that the formulas have for them."""
+    """The model, the mesh and the batch, with their letters in the formulas."""
     c, mesh = work.model, work.mesh
     made = _table(f"A training of the {preset} model", "what", "number", "formula",
                   text=(0, 2))  # fmt: skip
@@ -93,7 +93,7 @@ def about(work: Work, preset: str) -> Table:
 
 
 def _is_plain(config: TransformerConfig) -> bool:
-    """Whether its parameters are those of the paper's model."""
+    """Whether the parameters are those of the paper's model."""
     return (
         config.source_vocab_size is None and config.tied_output and not config.output_bias
         and not config.projection_bias and not config.has_final_norm
@@ -102,7 +102,7 @@ def _is_plain(config: TransformerConfig) -> bool:
 
 
 Row = tuple[str, Callable[[Habits], float], str]
-"""What it is, its bytes by a compiler's habits, and its formula."""
+"""Name, bytes as a function of the compiler's habits, and formula."""
 
 
 def _state_rows(work: Work) -> list[Row]:
@@ -115,7 +115,7 @@ def _state_rows(work: Work) -> list[Row]:
 
 
 def _held_rows(work: Work) -> list[Row]:
-    anew, over = work.model.rematerialize == "layers", work.devices > 1
+    recomputes, over = work.model.rematerialize == "layers", work.devices > 1
     gathered = "4·P/t, gathered over f"
     if work.mesh.fsdp == 1:
         gathered = "W^Q, W^K, W^V: 12·D²/t each time"
@@ -123,7 +123,7 @@ def _held_rows(work: Work) -> list[Row]:
         ("gradients", lambda h: sum(s.gradients for s in stages(work, h)),
          "as parameters, a table a lookup"),
         ("kept activations", lambda h: activation_bytes(work, h),
-         "4·n·D a layer: what goes in" if anew else "embeddings, N_e + N_d layers"),
+         "4·n·D a layer: what goes in" if recomputes else "embeddings, N_e + N_d layers"),
         ("  encoder layer", lambda h: encoder_layer(work, h), "below"),
         ("  decoder layer", lambda h: decoder_layer(work, h), "below"),
         ("logits", lambda h: loss_bytes(work), "8·R·T·V/t; 12 where V is padded"),
@@ -146,16 +146,16 @@ def memory(work: Work, on_cpu: OnCPU | None) -> Group:
     made = _table("Memory of one device", "what", "GPU", "TPU", "CPU", "formula",
                   text=(0, 4))  # fmt: skip
     for rows in (_state_rows(work), _held_rows(work), _sum_rows(work)):
-        for name, of, formula in rows:
-            made.add_row(name, *(scaled(of(h)) for h in HABITS), formula)
+        for name, bytes_of, formula in rows:
+            made.add_row(name, *(scaled(bytes_of(h)) for h in HABITS), formula)
         made.add_section()
     if on_cpu:
-        for name, said, ours in (
+        for name, compiled, ours in (
             ("compiled: args", on_cpu.arguments, argument_bytes(work)),
             ("compiled: temps", on_cpu.temporaries, temporary_bytes(work, CPU)),
         ):
-            beside = "as by formula" if ours == said else f"formula {ours / said - 1:+.1%}"
-            made.add_row(name, "", "", scaled(said), f"{said:,} B, {beside}")
+            beside = "as by formula" if ours == compiled else f"formula {ours / compiled - 1:+.1%}"
+            made.add_row(name, "", "", scaled(compiled), f"{compiled:,} B, {beside}")
     notes = (
         "encoder layer  4n(4D + 4D/t + 2F/t + 6) + 2nD draws\n"
         "               + 4·R·H/t·S² weights, n = R·S\n"
@@ -175,17 +175,17 @@ def computing(work: Work) -> Group:
     """FLOPs of the matrix products of a step."""
     made = _table("Matrix products of a step, on all devices", "what", "FLOPs", "a target token",
                   "formula", text=(0, 3))  # fmt: skip
-    found = products(work)
+    counts = products(work)
 
     def row(name: str, flops: float, formula: str) -> None:
         made.add_row(name, scaled(flops, ""), scaled(flops / work.target_tokens, ""), formula)
 
-    row("forward", found.forward, f"below; of attention {attention_share(work):.1%}")
-    row("backward", found.backward, "2 · forward")
-    if found.anew:
-        row("anew", found.anew, "rematerialize: forward without logits")
-    row("rows", found.rows, "γ, β, b₁, b₂: 16 a feature and position")
-    row("sum", found.step, "")
+    row("forward", counts.forward, f"below; of attention {attention_share(work):.1%}")
+    row("backward", counts.backward, "2 · forward")
+    if counts.recomputed:
+        row("anew", counts.recomputed, "rematerialize: forward without logits")
+    row("rows", counts.rows, "γ, β, b₁, b₂: 16 a feature and position")
+    row("sum", counts.step, "")
     notes = (
         "forward, a row: N_e·S(8D² + 4DF) + N_d(T(12D² + 4DF) + S·4D²) + T·2DV\n"
         "                + 4D a pair of attention. rows: gradients that are sums of rows."
@@ -194,18 +194,18 @@ def computing(work: Work) -> Group:
 
 
 def exchange(work: Work, on_cpu: OnCPU | None) -> Group:
-    """The collectives of a step; the formulas of their results are long, and stand below."""
+    """The collectives of a step, with their formulas below the table."""
     made = _table("Collectives of a step, on each device", "what", "kind", "axes", "result",
                   "sent", text=(0, 1, 2))  # fmt: skip
-    found, lines = collectives(work), []
-    for c in found:
+    exchanged, lines = collectives(work), []
+    for c in exchanged:
         times_ = f", × {work.accumulation} micro-batches" if work.accumulation > 1 else ""
         made.add_row(c.what, c.kind, "×".join(c.axes), scaled(c.bytes), scaled(c.sent(work)))
         lines.append((c.what, c.formula + (times_ if c.overlaps else "")))
-    if not found:
+    if not exchanged:
         made.add_row("none", "", "", "0 B", "0 B")
     for (kind, axes), size in sorted((on_cpu and on_cpu.collectives or {}).items()):
-        planned = sum(c.bytes for c in found if (c.kind, c.axes) == (kind, axes))
+        planned = sum(c.bytes for c in exchanged if (c.kind, c.axes) == (kind, axes))
         beside = "as by formula" if planned == size else f"by formula {planned:,}"
         lines.append((f"compiled: {kind} {'×'.join(axes)}", f"{size:,} B, {beside}"))
     notes = [
@@ -218,15 +218,15 @@ def exchange(work: Work, on_cpu: OnCPU | None) -> Group:
 
 
 def chips(
-    work: Work, found: Sequence[Chip], assumed: Assumed, steps: int, price: float | None
+    work: Work, chosen: Sequence[Chip], assumed: Assumed, steps: int, price: float | None
 ) -> Group:
-    """How fast the step should be on each chip, and how many rows fit."""
+    """The expected speed on each chip, and the number of rows that fit."""
     made = _table(
         f"Expected on {work.devices} chip{'s' * (work.devices > 1)} of a kind",
         "chip", "rows", "passes", "Adam", "link", "exposed", "step", "tokens/s", "hours",
         *(() if price is None else ("cost",)), text=(0,), gap=1,
     )  # fmt: skip
-    for chip in found:
+    for chip in chosen:
         t, most = times(work, chip, assumed), most_rows(work, chip, assumed)
         hours = steps * t.step / 3600
         made.add_row(
@@ -248,8 +248,8 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g}" if seconds < 0.9995 else f"{1000 * seconds:,.0f}"
 
 
-def assumptions(found: Sequence[Chip], assumed: Assumed) -> str:
-    """What the expectation rests on, and where the chips' numbers are from."""
+def assumptions(chosen: Sequence[Chip], assumed: Assumed) -> str:
+    """The assumptions, and the sources of the chips' numbers."""
     lines = [
         "Assumed, not measured:",
         f"  rows    what is needed ≤ {assumed.memory:.0%} of memory",
@@ -264,10 +264,10 @@ def assumptions(found: Sequence[Chip], assumed: Assumed) -> str:
         "",
         f"{'chip':<10}{'bf16':>6}{'f32':>7}{'memory':>9}{'bandwidth':>11}{'link':>10}",
     ]
-    for c in found:
+    for c in chosen:
         lines.append(
             f"{c.name:<10}{c.bfloat16 / 1e12:>4.0f} T{c.float32 / 1e12:>5.0f} T"
             f"{scaled(c.memory):>9}{scaled(c.bandwidth, 'B/s'):>11}{scaled(c.link, 'B/s'):>10}"
         )
-    lines += ["", *(f"{c.name:<10}{c.source}" for c in found)]
+    lines += ["", *(f"{c.name:<10}{c.source}" for c in chosen)]
     return "\n".join(lines)

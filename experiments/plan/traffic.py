@@ -1,4 +1,4 @@
-"""What a step computes, and what its devices tell each other."""
+"""The matrix products of a step, and the communication between its devices."""
 
 import dataclasses
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Products(NamedTuple):
 
     forward: int
     backward: int
-    anew: int
+    recomputed: int
     rows: int
 
     @property
@@ -26,23 +26,26 @@ class Products(NamedTuple):
 
 
 def products(work: Work) -> Products:
-    """Backward: two products for each of the forward; anew: those of the layers once more, with
-    rematerialize=layers; rows: the gradients of γ, β, b₁ and b₂, 2·8 a position and feature."""
+    """The products of a step.
+
+    Backward: two for each forward one. Recomputed: those of the layers again, with
+    rematerialize=layers. Rows: the gradients of γ, β, b₁ and b₂, 2·8 per position and feature.
+    """
     c = dataclasses.replace(work.model, vocab_size=work.vocabulary)
     forward = work.rows * forward_flops(c, work.source, work.target)
     logits = work.rows * logits_flops(c, work.target)
-    anew = forward - logits if c.rematerialize == "layers" else 0
+    recomputed = forward - logits if c.rematerialize == "layers" else 0
     d, f = c.d_model, c.d_ff
     encoder, decoder = (16 * (2 * n * d + f + d) for n in (2, 3))
     positions = work.source * c.num_encoder_layers * encoder
     positions += work.target * c.num_decoder_layers * decoder
     if c.has_final_norm:
         positions += (work.source + work.target) * 16 * 2 * d
-    return Products(forward, 2 * forward, anew, work.rows * positions)
+    return Products(forward, 2 * forward, recomputed, work.rows * positions)
 
 
 def attention_share(work: Work) -> float:
-    """Which part of the forward pass's products QKᵀ and the weighted sums of V are."""
+    """The share of QKᵀ and the weighted sums of V in the products of the forward pass."""
     c = dataclasses.replace(work.model, vocab_size=work.vocabulary)
     return attention_flops(c, work.source, work.target) / forward_flops(
         c, work.source, work.target
@@ -58,13 +61,12 @@ class Collective(NamedTuple):
     what: str
     formula: str
     bytes: int
-    """Of the results on one device, in a step."""
+    """The bytes of the results on one device, in a step."""
     overlaps: bool = False
-    """Whether the backward pass can go on meanwhile."""
+    """Whether it can overlap with the backward pass."""
 
     def sent(self, work: Work) -> float:
-        """Bytes that a device sends around a ring: (p−1)/p of a gathered array, twice that of a
-        summed one."""
+        """Bytes that a device sends in a ring: (p−1)/p of a gathered array, 2(p−1)/p of a sum."""
         parts = 1
         for axis in self.axes:
             parts *= work.mesh.sizes[axis]
@@ -72,23 +74,23 @@ class Collective(NamedTuple):
 
 
 def _of_gradients(work: Work) -> list[Collective]:
-    """The sums of gradients over the parts of the batch."""
+    """The sums of gradients over the shards of the batch."""
     mesh, c = work.mesh, work.model
-    found = parameters(c)
+    params = parameters(c)
     times = WORD * work.accumulation
     tables = ("embedding", "source_embedding")
-    matrices = [p for p in found if p.gathered and p.name not in tables]
+    matrices = [p for p in params if p.gathered and p.name not in tables]
     if c.tied_output:
-        matrices += [p for p in found if p.name == "embedding"]
+        matrices += [p for p in params if p.name == "embedding"]
     whole = times * sum(p.elements(mesh, gathered=True) for p in matrices)
     divided = times * sum(p.elements(mesh) for p in matrices)
-    # The target's table, and the source's own or the same again: their sums are not put together.
+    # The tables of target and source, or the shared one twice: their sums are not combined.
     own = c.source_vocab_size is not None
-    looked_up = [p for p in found if p.name in tables]
+    looked_up = [p for p in params if p.name in tables]
     lookups = times * sum(p.elements(mesh, gathered=True) for p in looked_up) * (1 if own else 2)
-    rows = times * 8 * sum(p.elements(mesh) for p in found if p.name in ROWS)
+    rows = times * 8 * sum(p.elements(mesh) for p in params if p.name in ROWS)
     biases = times * sum(
-        p.elements(mesh) for p in found if not p.gathered and p.name not in ROWS
+        p.elements(mesh) for p in params if not p.gathered and p.name not in ROWS
     )  # fmt: skip
     return [
         Collective("all-reduce", ("fsdp",), "gradients of matrices", "4·M/t", whole, True),
@@ -100,7 +102,7 @@ def _of_gradients(work: Work) -> list[Collective]:
 
 
 def _of_activations(work: Work) -> list[Collective]:
-    """The sums over the parts of heads, hidden features and vocabulary."""
+    """The sums over the shards of heads, hidden features and vocabulary."""
     c, d = work.model, work.model.d_model
     rows = work.rows // work.mesh.parts("batch")
     source, target = rows * work.source, rows * work.target
@@ -110,10 +112,10 @@ def _of_activations(work: Work) -> list[Collective]:
     # Into Q, K, V and W₁ of each sub-layer; cross-attention has K and V of the source.
     backward = 2 * n_e * source + n_d * (3 * target + source)
     rest = source + target + target
-    told = "4·D·(2·N_e·n_s + 3·N_d·n_t)"
+    formula = "4·D·(2·N_e·n_s + 3·N_d·n_t)"
     again = ", twice" if passes == 2 else ""
     return [
-        Collective("all-reduce", ("tensor",), "sub-layers, forward", told + again,
+        Collective("all-reduce", ("tensor",), "sub-layers, forward", formula + again,
                    WORD * d * forward),
         Collective("all-reduce", ("tensor",), "sub-layers, backward",
                    "4·D·(2·N_e·n_s + N_d·(3·n_t + n_s))", WORD * d * backward),
@@ -125,10 +127,10 @@ def _of_activations(work: Work) -> list[Collective]:
 
 
 def collectives(work: Work) -> list[Collective]:
-    """Those of a step that are more than single numbers; along an axis of one device there is none.
+    """The collectives of a step, without scalars and without axes of one device.
 
-    On a GPU or TPU XLA may put a reduce-scatter in the place of the sums over `fsdp`, half of the
-    bytes sent.
+    On a GPU or TPU XLA may use a reduce-scatter for the sums over `fsdp`, which sends half the
+    bytes.
     """
     mesh = work.mesh
     passes = 2 if work.model.rematerialize == "layers" else 1
@@ -136,7 +138,7 @@ def collectives(work: Work) -> list[Collective]:
     tables = [p for p in layers if not p.name.startswith("w")]
     gathered = sum(p.elements(mesh, gathered=True) for p in tables)
     gathered += passes * sum(p.elements(mesh, gathered=True) for p in layers if p not in tables)
-    found = [
+    planned = [
         Collective("all-gather", ("fsdp",), "parameters at use",
                    "4·M/t" + (", layers twice" if passes == 2 else ""),
                    WORD * work.accumulation * gathered, True),
@@ -144,7 +146,7 @@ def collectives(work: Work) -> list[Collective]:
         *_of_activations(work),
     ]  # fmt: skip
     kept = []
-    for c in found:
+    for c in planned:
         axes = tuple(axis for axis in c.axes if mesh.sizes[axis] > 1)
         if axes and c.bytes:
             kept.append(c._replace(axes=axes))

@@ -1,4 +1,4 @@
-"""The step that is planned, the arrays that it works on, and the bytes of its state."""
+"""The planned step, its parameters and batch, and their bytes."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ from tfm.parallel.sharding import PARAM_LOGICAL_AXES
 from tfm.training import param_shapes
 
 WORD = 4
-"""Bytes of a number of the state, of a token and of an activation: all are of 32 bits.
+"""Bytes of a parameter, a token and an activation: all have 32 bits.
 
-With `compute_dtype=bfloat16` too: operands alone are rounded, products are summed in f32. That is
-how a CPU has it; a GPU or TPU writes the sums between layers in half as many."""
+This holds for `compute_dtype=bfloat16` too, where operands are rounded but products are accumulated
+in f32. A CPU stores them so; a GPU or TPU stores the sums between layers in 16 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Work:
         return self.rows * self.target
 
     def keeps_weights(self, length: int, keys: int, platform: str) -> bool:
-        """Whether an attention has all of softmax(QKᵀ/√d_k) in memory, as `kernels.attention` has.
+        """Whether `kernels.attention` stores all of softmax(QKᵀ/√d_k) for these sizes.
 
         platform: 'cpu', 'cuda' or 'tpu'.
         """
@@ -89,7 +89,7 @@ class Work:
 
 
 class Parameter(NamedTuple):
-    """Parameters of one name and shape."""
+    """The parameters that share a name and shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -105,7 +105,7 @@ class Parameter(NamedTuple):
         return "embed" in self.meanings
 
     def elements(self, mesh: MeshConfig, *, gathered: bool = False) -> int:
-        """Elements of all of them on one device; or as a product has them."""
+        """Their elements on one device; `gathered`: in the form for products."""
         used = [None if gathered and m == "embed" else m for m in self.meanings]
         one = math.prod(n // mesh.parts(m) for n, m in zip(self.shape, used, strict=True))
         return one * self.count
@@ -117,7 +117,7 @@ _shapes = functools.cache(param_shapes)
 @functools.cache
 def parameters(config: TransformerConfig, part: str = "") -> tuple[Parameter, ...]:
     """The parameters of the model, or of one part of it: `encoder_0`, `decoder_0`."""
-    tree = _shapes(dataclasses.replace(config, scan_layers=False))  # which only stacks them
+    tree = _shapes(dataclasses.replace(config, scan_layers=False))  # which only stacks layers
     leaves = jax.tree.leaves_with_path(tree[part] if part else tree)
     counts = Counter((path[-1].key, leaf.shape) for path, leaf in leaves)
     return tuple(Parameter(name, shape, count) for (name, shape), count in counts.items())

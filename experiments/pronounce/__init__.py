@@ -1,1 +1,1 @@
-"""The task of pronouncing words: its flags, its training, its report."""
+"""The pronunciation task: flags, training, report."""

@@ -1,4 +1,4 @@
-"""What the pronunciation task shows of a trained model: a table, words, attention, a report."""
+"""The results of the pronunciation task: scores, sample words, attention maps, report."""
 
 import shlex
 import sys
@@ -23,7 +23,7 @@ NUM_EXAMPLES, NUM_MISTAKES, NUM_CONFUSIONS, NUM_MAPS = 6, 20, 20, 4
 
 
 def pick(lexicon: Lexicon, n: int) -> list[str]:
-    """n words to show: familiar ones where the lexicon has them, else spread over the alphabet."""
+    """n words to show: familiar ones if the lexicon has them, then spread over the alphabet."""
     words = sorted(lexicon)
     spread = words[:: max(1, len(words) // n)]
     return list(dict.fromkeys([*(w for w in FAMILIAR if w in lexicon), *spread]))[:n]
@@ -45,7 +45,7 @@ def make_examples(
     test: Lexicon,
     hypotheses: dict[str, tuple[str, ...]],
 ) -> list[Example]:
-    """Seen, unseen and invented words, and some of the test words that came out wrong."""
+    """Seen, unseen and invented words, and some mispronounced test words."""
     wrong = [word for word, phones in hypotheses.items() if phones not in test[word]]
     groups = {
         "seen": pick(train, NUM_EXAMPLES),
@@ -54,7 +54,7 @@ def make_examples(
         "wrong": wrong[:: max(1, len(wrong) // NUM_MISTAKES)][:NUM_MISTAKES],
     }
     words = [(word, group) for group, members in groups.items() for word in members]
-    said = [best for (best,) in pronouncer.nbest([word for word, _ in words])]
+    predictions = [best for (best,) in pronouncer.nbest([word for word, _ in words])]
     known = train | test
     return [
         Example(
@@ -64,25 +64,25 @@ def make_examples(
             references=[" ".join(r) for r in known.get(word, [])] if group != "invented" else [],
             score=hypothesis.score,
         )
-        for (word, group), hypothesis in zip(words, said, strict=True)
+        for (word, group), hypothesis in zip(words, predictions, strict=True)
     ]
 
 
 def attention_maps(pronouncer: Predictor, words: list[str]) -> list[AttentionMap]:
-    """The cross-attention of every head while the model says its own pronunciation."""
+    """The cross-attention of every head for the model's own pronunciations."""
     return [
         AttentionMap(
             word=word,
             letters=[*word, "</s>"],
-            sounds=pronouncer.target.to_pieces(said.ids),
-            weights=pronouncer.cross_attention(word, said),
+            sounds=pronouncer.target.to_pieces(hypothesis.ids),
+            weights=pronouncer.cross_attention(word, hypothesis),
         )
-        for word, (said,) in zip(words, pronouncer.nbest(words), strict=True)
+        for word, (hypothesis,) in zip(words, pronouncer.nbest(words), strict=True)
     ]
 
 
 def show(results: dict[str, Any], examples: list[Example]) -> None:
-    """The result and a handful of words, on standard output."""
+    """Prints the scores and a few words."""
     console = Console()
     title = f"Seed {results['seed']}, beam {results['beam']}"
     rates = table(title, ["words"], ["count", "WER", "PER"])
@@ -93,8 +93,8 @@ def show(results: dict[str, Any], examples: list[Example]) -> None:
     words = table("Pronounced", ["", "word", "pronunciation", "dictionary"], [])
     for example in examples:
         if example.group != "wrong":
-            said = example.hypothesis, "\n".join(example.references)
-            words.add_row(example.group, *map(Text, (example.word, *said)))
+            columns = example.hypothesis, "\n".join(example.references)
+            words.add_row(example.group, *map(Text, (example.word, *columns)))
     console.print(words)
 
 

@@ -1,4 +1,4 @@
-"""Learn to pronounce English words from CMUdict: letters in, sounds out."""
+"""The pronunciation task: letters to sounds, trained on CMUdict or the user's lexicons."""
 
 import dataclasses
 from collections.abc import Callable
@@ -84,16 +84,16 @@ class Lexicons:
     phones: Vocabulary
 
     def tokenizers(self) -> tuple[Symbols, Symbols]:
-        """Of words, and of what they sound like."""
+        """The tokenizers of words and of pronunciations."""
         return Symbols(self.letters), Symbols(self.phones, spaced=True)
 
     def parts(self) -> dict[str, Lexicon]:
-        """The words by what they are for."""
+        """The lexicons by the name of their part."""
         return {"training": self.train, "validation": self.valid, "test": self.test}
 
 
 def load_lexicons(config: PronounceConfig) -> Lexicons:
-    """CMUdict under its split, or the files that the config names.
+    """Loads CMUdict with its split, or the files that the config names.
 
     Raises DataError: a file that is missing, empty or malformed.
     """
@@ -110,7 +110,7 @@ def load_lexicons(config: PronounceConfig) -> Lexicons:
             valid,
             pronunciations.read_lexicon(config.test_file) if config.test_file else valid,
         )
-    # Of all parts, so that a rare letter in a test word is a hard word, not an error.
+    # From all parts, so that a rare letter in a test word is no error.
     letters = Vocabulary.of(word for part in parts for word in part)
     phones = Vocabulary.of(p for part in parts for variants in part.values() for p in variants)
     return Lexicons(*parts, letters, phones)
@@ -119,7 +119,7 @@ def load_lexicons(config: PronounceConfig) -> Lexicons:
 def resolve(
     config: PronounceConfig, lexicons: Lexicons, folder: RunFolder | None = None
 ) -> PronounceConfig:
-    """The config with the vocabulary sizes of the data, padded as in the folder's last sitting.
+    """The config with the vocabulary sizes of the data, padded as in its config.json.
 
     Raises DataError where --model names other sizes than the data has.
     """
@@ -135,7 +135,7 @@ def resolve(
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Error rates as fractions, and the hypotheses that they come from."""
+    """Error rates as fractions, and the hypotheses."""
 
     wer: float
     per: float
@@ -157,7 +157,7 @@ def score(pronouncer: Predictor, lexicon: Lexicon, **options: Any) -> Score:
 def make_evaluate(lexicons: Lexicons, pronouncer: Predictor) -> Callable[[Any], dict[str, float]]:
     """params -> `valid_wer`, `valid_per`.
 
-    The words are decoded greedily: this is to watch the training, and the beam is for the result.
+    Greedy decoding is enough to watch the training; the final result uses the beam.
     """
 
     def evaluate(params: Any) -> dict[str, float]:
@@ -170,7 +170,7 @@ def make_evaluate(lexicons: Lexicons, pronouncer: Predictor) -> Callable[[Any], 
 def fit(
     run: Run, lexicons: Lexicons, examples: list[dict[str, Any]]
 ) -> tuple[Predictor, dict[str, Any]]:
-    """Trains (or goes on training); returns the pronouncer and what there is to say of the run.
+    """Trains, or resumes training; returns the pronouncer and the facts for results.json.
 
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.
     """
@@ -191,7 +191,7 @@ def fit(
 
 
 def results_of(config: PronounceConfig, about: dict, valid: Score, test: Score) -> dict[str, Any]:
-    """results.json: error rates as fractions."""
+    """The content of results.json: error rates as fractions."""
     return {
         "test_wer": test.wer,
         "test_per": test.per,
@@ -226,7 +226,7 @@ def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class PronounceTask:
-    """The words of a run, ready to be learned."""
+    """A run with its words, ready to train."""
 
     run: Run
     lexicons: Lexicons
@@ -258,12 +258,12 @@ class PronounceTask:
 
 
 def run(config: PronounceConfig) -> None:
-    """The whole job: data, training, evaluation, report."""
+    """The pronounce command: data, training, evaluation, report."""
     with distributed_session(config) as processes:
         folder = RunFolder(config.run)
         check_folder(folder, config.functions)
         config = dataclasses.replace(config, model=decide_compute_dtype(config.model, folder))
-        make_model(config.model, config.functions)  # so that what does not fit is told at once
+        make_model(config.model, config.functions)  # refuses what does not fit, before any work
         lexicons = load_lexicons(config)
         config = resolve(config, lexicons, folder)
         layout = Layout(config.mesh, config.model, config.rows, config.accumulation)

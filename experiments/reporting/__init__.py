@@ -1,1 +1,1 @@
-"""What is shown of a run: pages, figures, tables."""
+"""Pages, figures and tables that show a run."""

@@ -1,4 +1,4 @@
-"""The report's pictures, as SVG to stand inside HTML."""
+"""The report's figures, as SVG inside HTML."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Panel:
     title: str
     note: str
     lines: dict[str, str]
-    """key in metrics.jsonl -> the name at the end of its line; '' for a line that is alone"""
+    """key in metrics.jsonl -> label at the end of its line; '' for a single line"""
     value: str
     """format of a line's last value"""
     tick: str
@@ -52,7 +52,7 @@ PANELS = (
 
 
 def _tidy(axes: Axes, panel: Panel) -> None:
-    """Round numbers, and no line at the left."""
+    """Formats the ticks and hides the left spine."""
     axes.spines["left"].set_visible(False)
     axes.set_yscale(panel.scale)
     if panel.scale == "log":
@@ -84,25 +84,25 @@ def learning_curve(panel: Panel, metrics: Sequence[dict[str, Any]]) -> str:
     with in_svg():
         figure = Figure(figsize=(3.9, 2.2), dpi=DPI)
         axes = figure.add_axes((0.13, 0.13, 0.66, 0.8))
-    ends, told = [], []
+    ends, descriptions = [], []
     for (key, name), colour in zip(panel.lines.items(), LINES, strict=False):
-        # What was not finite was logged as null.
+        # Values that were not finite were logged as null.
         points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
         if not points:
             continue
         steps, values = zip(*points, strict=True)
-        # Few points are measurements with nothing known in between: show where they are.
+        # Markers show the measurements where there are few.
         axes.plot(steps, values, color=colour, lw=1.6, ms=3.5,
                   marker="o" if len(points) < 40 else "", clip_on=False)  # fmt: skip
         last = panel.value.format(values[-1])
         ends.append((steps[-1], values[-1], f"{name}\n{last}".strip(), colour))
-        told.append(f"{name} from {panel.value.format(values[0])} to {last}".strip())
+        descriptions.append(f"{name} from {panel.value.format(values[0])} to {last}".strip())
     if not ends:
         return ""
     _tidy(axes, panel)
     axes.set_xlim(0, max(m["step"] for m in metrics))
     _label_ends(axes, ends)
-    return inline(figure, panel.title, f"{panel.title}: {', '.join(told)}")
+    return inline(figure, panel.title, f"{panel.title}: {', '.join(descriptions)}")
 
 
 def learning_curves_file(
@@ -135,7 +135,7 @@ def attention_map(letters: Sequence[str], sounds: Sequence[str], weights: np.nda
         parts.append(_label(sound, left - 4, y + 10.5, "sound"))
         for column, letter in enumerate(letters):
             weight = weights[row, column]
-            if weight >= 0.02:  # fainter ones cannot be seen, and would be most of the file
+            if weight >= 0.02:  # smaller weights are invisible, and would be most of the file
                 parts.append(
                     f'<rect class="cell" x="{left + _CELL * column + 0.5}" y="{y + 0.5}" '
                     f'width="{_CELL - 1}" height="{_CELL - 1}" opacity="{weight:.2f}">'

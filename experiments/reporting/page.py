@@ -1,4 +1,4 @@
-"""What the reports share: one HTML page that loads nothing and runs no script."""
+"""The HTML page of all reports, which loads nothing and runs no script."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def page(title: str, intro: str, command: str, tiles: str, sections: Sequence[Se
     """The whole page; sections without a body are left out."""
     sections = [section for section in sections if section.body]
     links = "".join(f'<a href="#{section.anchor}">{section.title}</a>' for section in sections)
-    # The policy makes the browser hold the page to its promise: nothing is loaded, nothing runs.
+    # With this policy the browser enforces that nothing is loaded and no script runs.
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -67,7 +67,7 @@ class Tile:
     """A key figure at the top of a page."""
 
     key: str
-    """in results.json"""
+    """The field of results.json."""
     name: str
     form: str | None
     """format of its value; None: a duration in seconds"""
@@ -83,7 +83,7 @@ def _duration(seconds: float) -> str:
 
 
 def training_tiles(results: dict[str, Any]) -> list[Tile]:
-    """The figures of any training."""
+    """The key figures of every training."""
     rate = results.get("steps", 0) / max(results.get("train_seconds", 0), 1)
     return [
         Tile("parameters", "Parameters", "{:,}", "numbers learned"),
@@ -94,7 +94,7 @@ def training_tiles(results: dict[str, Any]) -> list[Tile]:
 
 
 def tiles(results: dict[str, Any], shown: Sequence[Tile]) -> str:
-    """The key figures; one that this run did not measure is left out."""
+    """The key figures; those that the run did not measure are left out."""
     boxes = (
         f"<div><dt>{t.name}</dt><dd>{(t.form.format if t.form else _duration)(results[t.key])}</dd>"
         f"<dd>{t.note}</dd></div>"
@@ -105,7 +105,7 @@ def tiles(results: dict[str, Any], shown: Sequence[Tile]) -> str:
 
 
 def learning(metrics: Sequence[dict[str, Any]], panels: Sequence[Panel], remark: str) -> Section:
-    """How a training went, from the objects of metrics.jsonl."""
+    """The learning curves, from the objects of metrics.jsonl."""
     drawn = ((panel, learning_curve(panel, metrics)) for panel in panels)
     figures = "".join(
         f"<figure><figcaption>{panel.title}<small>{panel.note}</small></figcaption>{svg}</figure>"

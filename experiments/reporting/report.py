@@ -1,4 +1,4 @@
-"""What a run found, as one HTML file that needs nothing beside it."""
+"""The report of a pronunciation run, as one self-contained HTML file."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ _GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMap:
-    """Where each cross-attention head looks while the sounds of one word are written."""
+    """The cross-attention weights of every head for one word."""
 
     word: str
     letters: list[str]
@@ -79,7 +79,7 @@ def write_report(
     """Writes the report of a run as one self-contained HTML file.
 
     Args:
-      command: what a reader pastes to get this run again.
+      command: the command that repeats the run.
       config: JSON values; shown as they are.
       results: the fields of results.json, error rates as fractions.
       metrics: the objects of metrics.jsonl.
@@ -108,7 +108,7 @@ def _tiles(results: dict[str, Any]) -> list[Tile]:
 
 
 def _marked(hypothesis: str, references: Sequence[str]) -> str:
-    """The hypothesis, with the sounds marked that differ from the closest reference."""
+    """The hypothesis, with marks on the sounds that differ from the closest reference."""
     sounds = hypothesis.split()
     alternatives = [reference.split() for reference in references] or [sounds]
     _, closest = closest_reference(sounds, alternatives)

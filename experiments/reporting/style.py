@@ -1,4 +1,4 @@
-"""How all figures and pages look: one palette, light and dark, and one kind of plot."""
+"""The style of all figures and pages: one palette, light and dark, and the plot settings."""
 
 import io
 import re
@@ -28,25 +28,25 @@ PALETTE = {
 }
 """By role: the colour on a light page and on a dark one."""
 SERIES = ("accent", "second", "third", "fourth", "fifth")
-"""The roles of what a plot compares, in order."""
+"""The roles of the compared series in a plot, in order."""
 FONT = "system-ui, sans-serif"
 DASHES = (0, (4, 3))
-DPI = 72  # a pixel is a point, the unit of what is written
+DPI = 72  # a pixel is then a point, the unit of font sizes
 
-# matplotlib knows no CSS variables: it draws with stand-ins, and the variables take their place
-# in the SVG. So a picture follows the page between light and dark, and alone it is light.
+# matplotlib has no CSS variables: it draws with placeholder colours, and the SVG gets variables in
+# their place. So a figure follows the page's light or dark mode; on its own it is light.
 _STAND_INS = {role: f"#{number:06x}" for number, role in enumerate(PALETTE, start=1)}
 INK, MUTED, GRID = (_STAND_INS[role] for role in ("ink", "muted", "line"))
 LINES = tuple(_STAND_INS[role] for role in SERIES)
 
 
 def paint(role: str) -> str:
-    """A colour in CSS: the page's, and where there is no page the light one."""
+    """A CSS colour: the page's variable, with the light colour as its fallback."""
     return f"var(--{role}, {PALETTE[role][0]})"
 
 
 def css_variables() -> str:
-    """The palette for the head of a page, which goes by what its reader prefers."""
+    """The palette as CSS variables; light or dark by the reader's preference."""
     light, dark = (
         " ".join(f"--{role}: {colours[side]};" for role, colours in PALETTE.items())
         for side in (0, 1)
@@ -58,7 +58,7 @@ def css_variables() -> str:
 
 
 def settings(colours: dict[str, str]) -> dict[str, Any]:
-    """matplotlib's settings for the look of a plot, in those colours by role."""
+    """matplotlib's settings with the given colours by role."""
     ink, muted, line = (colours[role] for role in ("ink", "muted", "line"))
     ticks = {
         f"{axis}tick.{name}": value
@@ -81,19 +81,19 @@ def settings(colours: dict[str, str]) -> dict[str, Any]:
 
 
 def in_svg() -> Any:
-    """A context in which plots are made that `inline` will write."""
+    """A context for figures that `inline` will write."""
     return matplotlib.rc_context(settings(_STAND_INS))
 
 
 def in_light() -> dict[str, Any]:
-    """The settings of pictures that are light for good."""
+    """The settings of figures that are always light."""
     return settings({role: light for role, (light, _) in PALETTE.items()})
 
 
 def panels(*titles: str, size: tuple[float, float] | None = None) -> tuple[Figure, list[Axes]]:
-    """A figure with one plain plot for each title, side by side.
+    """A figure with one plot for each title, side by side.
 
-    size: in inches; None: that of three plots on a page, which more of them share.
+    size: in inches. None: the width of three plots on a page, shared by all.
     """
     size = size or (11.1 * min(1, len(titles) / 3), 2.5)
     with in_svg():
@@ -105,7 +105,7 @@ def panels(*titles: str, size: tuple[float, float] | None = None) -> tuple[Figur
 
 
 def label(axes: Axes, x: str, y: str) -> None:
-    """Names both axes, with their units."""
+    """Labels both axes."""
     axes.set(xlabel=x, ylabel=y)
 
 
@@ -116,7 +116,7 @@ def legend(axes: Axes) -> None:
 
 
 def level(axes: Axes, height: float, text: str) -> None:
-    """A dashed horizontal line with its meaning, such as a threshold or the chance level."""
+    """A labelled dashed horizontal line, such as a threshold or the chance level."""
     muted = axes.yaxis.label.get_color()
     axes.axhline(height, color=muted, lw=1, ls=DASHES)
     axes.annotate(text, (1, height), (-2, 3), xycoords=("axes fraction", "data"),
@@ -126,14 +126,14 @@ def level(axes: Axes, height: float, text: str) -> None:
 def inline(figure: Figure, name: str, description: str) -> str:
     """The figure as an <svg> element that scales with the page and fetches nothing."""
     buffer = io.StringIO()
-    # Real text, in the page's font; the salt keeps the ids of one picture out of another's.
+    # Text stays text, in the page's font; the salt makes the ids unique to a figure.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     _, body = svg[svg.index("<svg") :].split(">", 1)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = body.replace("xlink:href", "href")  # the prefix needs a declaration outside HTML
-    body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to these
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # these ids are not referenced
     body = re.sub(r' font-family: [^;"]*;?', "", body)  # the page has one
     for role, stand_in in _STAND_INS.items():
         body = body.replace(stand_in, paint(role))

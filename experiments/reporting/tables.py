@@ -1,4 +1,4 @@
-"""Tables on a terminal, all in one look."""
+"""Tables on a terminal, in one style."""
 
 from collections.abc import Iterable
 
@@ -8,8 +8,8 @@ from rich.text import Text
 
 
 def table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:
-    """An empty table: columns of texts, and to their right columns of numbers."""
-    shown = Text(title, "bold")  # whose brackets are no markup
+    """An empty table with columns of text, then columns of numbers."""
+    shown = Text(title, "bold")  # as Text, so that brackets are not markup
     made = Table(title=shown, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in texts:
         made.add_column(heading)

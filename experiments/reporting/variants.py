@@ -1,4 +1,4 @@
-"""Which Transformer is this? What differs between models that bear the paper's name."""
+"""The variants command: the differences between well-known Transformers."""
 
 import dataclasses
 from typing import Any, Literal
@@ -30,7 +30,7 @@ MEANS = {
     "penalty": "paper: lp(n) = ((5 + n)/6)^α; power: n^α",
     "apart": "what these settings cannot say",
 }
-"""What each setting that differs anywhere does."""
+"""A description of each setting that differs between variants."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,21 +44,25 @@ class VariantsConfig:
 
 
 def settings(variant: Variant) -> dict[str, Any]:
-    """All settings by name, those of the model among the others."""
+    """All settings by name, those of the model included."""
     flat = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}
     model = flat.pop("model")
     return {f.name: getattr(model, f.name) for f in dataclasses.fields(model)} | flat
 
 
 def differing(variants: list[Variant]) -> dict[str, list[Any]]:
-    """The settings in which they are not all equal: name -> each one's value."""
+    """The settings that differ: name -> the value of each variant."""
     rows = [settings(variant) for variant in variants]
     values = {name: [row[name] for row in rows] for name in rows[0] if name != "read"}
-    return {name: found for name, found in values.items() if any(v != found[0] for v in found)}
+    return {
+        name: per_variant
+        for name, per_variant in values.items()
+        if any(v != per_variant[0] for v in per_variant)
+    }
 
 
 def explained(names: list[str]) -> Group:
-    """Of each setting that differs: what it does, and which variants have which value."""
+    """For each setting that differs: its description, and the variants with each value."""
     lines: list[RenderableType] = []
     for name, values in differing([VARIANTS[n] for n in names]).items():
         rows = Table.grid(padding=(0, 2))
@@ -74,7 +78,7 @@ def _indented(shown: RenderableType) -> Padding:
 
 
 def run(config: VariantsConfig) -> None:
-    """Prints the settings that differ, and where each variant was read."""
+    """Prints the settings that differ, and the source of each variant."""
     others = [config.other] if config.other else [n for n in VARIANTS if n != config.one]
     names = [config.one, *others]
     console = Console(highlight=False)

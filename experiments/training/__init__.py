@@ -1,1 +1,1 @@
-"""One training: its flags, its loop, what its devices share, how it stops and goes on."""
+"""One training: flags, loop, placement on devices, stopping and resuming."""

@@ -25,15 +25,15 @@ class Batches(Iterator, Protocol):
 class Checkpointer:
     """Saves and resumes one run. Use as a context manager: leaving it waits for the saves.
 
-    Beside the state a checkpoint holds the position of the batches, how many were drawn, how many
-    steps in a row made no update, the seconds so far, and the identity of the run: its resolved
-    config and its data's fingerprint.
+    Beside the state a checkpoint holds the position of the batches, the number of batches drawn,
+    the number of consecutive steps without an update, the seconds of training, and the identity of
+    the run: its resolved config and its data's fingerprint.
     """
 
     def __init__(self, run: Run, batches: Batches) -> None:
         folder, keep = run.folder, run.config.keep_checkpoints
-        self._newest = Checkpoints(folder.checkpoints, keep, together=True)
-        self._best = Checkpoints(folder.best, keep=1, together=True)
+        self._newest = Checkpoints(folder.checkpoints, keep, distributed=True)
+        self._best = Checkpoints(folder.best, keep=1, distributed=True)
         self._processes, self._identity = run.processes, run.identity
         self._batches, self._lowest = batches, math.inf
         self._stack = contextlib.ExitStack()
@@ -51,7 +51,8 @@ class Checkpointer:
     ) -> tuple[TrainState, dict[str, Any]]:
         """The newest sound state and its notes, with the batches set to its position.
 
-        Where none was ever saved: `state`, and the notes of a beginning. Else `state` is deleted.
+        Returns `state` and the notes of a fresh start where nothing was ever saved; else `state` is
+        deleted.
 
         Raises:
           RunFolderError: the checkpoint belongs to a run with another config or other data.
@@ -75,7 +76,7 @@ class Checkpointer:
         return state, notes
 
     def _resume_best(self, done: int, say: Callable[[str], None]) -> None:
-        """The lowest loss so far; a best that is damaged or beyond `done` is set aside."""
+        """Restores the lowest loss; sets aside a best that is damaged or newer than step `done`."""
         try:
             best, faults = self._found_by_first(self._best)
         except CheckpointError as error:
@@ -90,9 +91,10 @@ class Checkpointer:
             self._lowest = self._best.notes(best)["valid_loss"]
 
     def _found_by_first(self, checkpoints: Checkpoints) -> tuple[int | None, list[str]]:
-        """The newest sound step, which process 0 looks for, and the faults of others, a line each.
+        """The newest sound step, and one line for each step that is not sound.
 
-        Raises CheckpointError in all where all of it is damaged.
+        Process 0 searches and shares the result. Raises CheckpointError in every process where
+        every checkpoint is damaged.
         """
         result: list[Any] = [None, [], None]
         if self._processes.is_first:
@@ -115,19 +117,19 @@ class Checkpointer:
         return about | monitor.notes()
 
     def save(self, state: TrainState, monitor: StepMonitor) -> None:
-        """Begins to save the state after the monitor's steps; CheckpointError where it cannot."""
-        self._best.wait()  # else a best of before could be lost for good, as it will not come again
+        """Starts saving the state in the background; CheckpointError where it cannot."""
+        self._best.wait()  # resuming from this step never evaluates that best again
         self._newest.save(monitor.step, state, self._notes(monitor))
 
     def save_if_best(self, state: TrainState, monitor: StepMonitor, loss: float) -> None:
-        """The same into the folder of the best, where `loss` is the lowest so far."""
+        """Saves into the folder of the best if `loss` is the lowest so far."""
         if loss < self._lowest:
             self._lowest = loss
             notes = self._notes(monitor) | {"valid_loss": loss}
             self._best.save(monitor.step, state, notes)
 
     def wait(self) -> int | None:
-        """Waits for the saves under way; the newest step that is safe."""
+        """Waits for pending saves; returns the newest saved step."""
         self._best.wait()
         self._newest.wait()
         return self._newest.last_saved

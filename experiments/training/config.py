@@ -1,4 +1,4 @@
-"""The flags of every training, and what they decide: learning rate, dtype, when what is due."""
+"""The flags of every training, and what follows from them: learning rate, dtype, periods."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from tfm.training import cosine_schedule, paper_schedule, param_shapes
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """What a training is, whatever it learns."""
+    """The flags that all tasks share."""
 
     run: Path = Path("runs/run")
     """Folder of the run: config, metrics, checkpoints, results, report."""
@@ -113,7 +113,7 @@ class TrainingConfig:
         return cosine_schedule(self.learning_rate, warmup, self.steps)
 
     def due(self, step: int) -> set[str]:
-        """What is to be done after `step` (counted from 1): of log, evaluate, save.
+        """Which of log, evaluate and save are due after `step` (counted from 1).
 
         The first step is logged, and the last does all three.
         """
@@ -128,12 +128,12 @@ MAY_DIFFER = {
     "compilation_cache", "functions", "preset", "run", "steps", "save_every", "log_every",
     "evaluate_every", "most_skipped", "keep_checkpoints", "patience",
 }  # fmt: skip
-"""Fields that may change from one sitting to the next: they change no update, or (steps) extend."""
+"""Fields that may change when a run is resumed: they change no update, or (steps) extend it."""
 
 
 def decide_compute_dtype(model: TransformerConfig, folder: RunFolder) -> TransformerConfig:
-    """The model with `compute_dtype="auto"` decided: as in the folder's last sitting, or else by
-    the devices that are here."""
+    """The model with `compute_dtype="auto"` resolved: as in the folder's config.json, else by the
+    platform."""
     if model.compute_dtype != "auto":
         return model
     before = (folder.read("config.json") or {}).get("model", {}).get("compute_dtype")
@@ -148,7 +148,7 @@ def decide_compute_dtype(model: TransformerConfig, folder: RunFolder) -> Transfo
 
 
 def parameter_count(config: TrainingConfig) -> int:
-    """The number of the model's parameters, without rows that only a mesh needs."""
+    """The number of the model's parameters, without the rows that pad the vocabulary for a mesh."""
     model = dataclasses.replace(config.model, vocab_multiple=1)
     if config.functions is None:
         return model.parameter_count()

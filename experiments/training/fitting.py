@@ -1,4 +1,4 @@
-"""A model fitted to a task's data: the validation loss, the step over the devices, the training."""
+"""Trains a model on a task's data: the validation loss, the sharded step, the training."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -29,13 +29,13 @@ from tfm.training import (
 def make_valid_loss(
     config: TrainingConfig, examples: Sequence[dict[str, Any]], bos: int, layout: Layout
 ) -> Callable[[chex.ArrayTree], float]:
-    """params -> nats a target symbol on all `examples`, without smoothing and dropout.
+    """params -> mean nats per target symbol on `examples`, without smoothing and dropout.
 
-    The devices share the rows as they do in training, and all processes take part.
+    The rows are sharded as in training; every process must call it.
     """
     model = make_model(config.model, config.functions)
     arrays = packed_rows(examples, config.source_length, config.target_length)
-    missing = -len(arrays["source"]) % config.rows  # rows of padding, so that one shape serves all
+    missing = -len(arrays["source"]) % config.rows  # padding, for one static shape
     whole = {name: np.pad(rows, ((0, missing), (0, 0))) for name, rows in arrays.items()}
     batches = [
         {name: rows[i : i + config.rows][layout.own_rows] for name, rows in whole.items()}
@@ -55,7 +55,7 @@ class TrainingData:
     """What a model learns from."""
 
     batches: Batches
-    """Of the rows of each batch that are the layout's own."""
+    """Batches of this process's rows (`Layout.own_rows`)."""
     valid: Sequence[dict[str, Any]]
     """The examples of the validation loss."""
     bos: int
@@ -68,15 +68,15 @@ def make_learner(
     evaluate: Callable[[chex.ArrayTree], Metrics],
     initial: chex.ArrayTree | None,
 ) -> Learner:
-    """The state on the run's devices, and the step and the evaluation over them."""
+    """The state placed on the run's devices, and the sharded step and evaluation."""
     config, layout, processes, model = run.config, run.layout, run.processes, run.model
     optimizer = make_optimizer(config.make_learning_rate(), config.clip)
     train_step = make_train_step(
         model, optimizer, bos=data.bos, smoothing=config.smoothing,
         smoothed_over=config.smoothed_over, accumulation=config.accumulation,
     )  # fmt: skip
-    # A raw key: a plain array, like all else in the state.
-    # On the host, since it may be more than a device holds.
+    # A raw key is a plain array, like the rest of the state.
+    # Initialised on the host, since the state may not fit on one device.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         state = init_state(model, optimizer, jax.random.PRNGKey(config.seed))
     if initial is not None:
@@ -99,11 +99,11 @@ def train_model(
     evaluate: Callable[[chex.ArrayTree], Metrics],
     initial: chex.ArrayTree | None = None,
 ) -> tuple[chex.ArrayTree, dict[str, Any]]:
-    """Trains (or goes on training); returns the parameters and what there is to say of the run.
+    """Trains, or resumes training; returns the parameters and the facts for results.json.
 
     Args:
       evaluate: whole parameters -> metrics beside the validation loss; called in process 0 alone.
-      initial: parameters to begin with. None: fresh ones.
+      initial: parameters to start from. None: random initialisation.
 
     Raises SystemExit after SIGINT or SIGTERM, with everything saved.
     """

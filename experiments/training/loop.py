@@ -16,14 +16,14 @@ from tfm.training import Batch, TrainState
 
 
 class DivergedError(UserError):
-    """The training has left the numbers."""
+    """Too many consecutive steps had no finite loss and gradient."""
 
 
 class Learner(NamedTuple):
     """What the loop trains."""
 
     state: TrainState
-    """To begin with."""
+    """The initial state."""
     step: Callable[[TrainState, Batch], tuple[TrainState, dict]]
     """As `tfm.skip_nonfinite` returns it."""
     evaluate: Callable[[chex.ArrayTree], Metrics]
@@ -56,13 +56,13 @@ def train(run: Run, learner: Learner, batches: Batches, stop: StopSignal) -> Out
             state, metrics = learner.step(state, next(batches))
             monitor.add(metrics)
             step = monitor.reached
-            signal = agree(stop.received)  # once a step: a later signal can wait
+            signal = agree(stop.received)  # read once a step, for one decision
             recorder.display.reached(step)
             due = config.due(step)
-            # Else one step stays under way, so that the device need not wait for the host.
+            # Otherwise one step stays pending, so that the device need not wait for the host.
             check_skips(monitor.collect(0 if due or signal else 1), recorder, config.most_skipped)
             if monitor.step != step:
-                due = set()  # a step was skipped, so this is not yet the one
+                due = set()  # a step was skipped: the due step is not reached yet
             if due or signal:
                 processes.unwatch()  # evaluating and saving may take long
             if signal:
@@ -102,7 +102,7 @@ def facts_of(run: Run, state: TrainState, monitor: StepMonitor, batches: Batches
 
 
 def check_skips(skips: list[Skipped], recorder: Recorder, most: int) -> None:
-    """Tells of the steps that made no update; DivergedError at `most` in a row."""
+    """Reports the steps that made no update; DivergedError at `most` in a row."""
     for skipped in skips:
         recorder.skipped(skipped)
         if skipped.consecutive_skips == most:

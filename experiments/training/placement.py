@@ -1,4 +1,4 @@
-"""Where a training's arrays lie: its mesh of devices, and this process's share of each batch."""
+"""Placement of a training's arrays: the device mesh, and this process's rows of each batch."""
 
 import dataclasses
 import functools
@@ -21,15 +21,15 @@ from tfm.training import Batch, TrainState
 
 
 class LayoutError(UserError):
-    """Why the devices cannot share a training."""
+    """Why the training cannot be divided over the devices."""
 
 
 def divisible(
     model: TransformerConfig, mesh: MeshConfig, folder: RunFolder | None = None
 ) -> TransformerConfig:
-    """The model with its vocabularies padded so far that `tensor` divides them.
+    """The model with its vocabularies padded to a multiple of `tensor`.
 
-    folder: of a run to go on with, padded as its last sitting had it where no flag says otherwise.
+    folder: a run to resume; its padding is kept unless a flag asks for another.
     """
     before = (folder and folder.read("config.json")) or {}
     if model.vocab_multiple == 1:
@@ -47,10 +47,10 @@ def _same(x: jax.Array) -> jax.Array:
 
 
 class Layout:
-    """The mesh that a training is divided over, of all devices of all its processes.
+    """The mesh of a training, over the devices of all its processes.
 
-    Raises LayoutError, before anything is compiled, where there are too few devices or they cannot
-    divide the model or the batch; the message names the flags.
+    Raises LayoutError, before anything is compiled, where there are too few devices or the mesh
+    does not divide the model or the batch; the message names the flags.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Layout:
 
     @staticmethod
     def _as_many_as_divide(config: MeshConfig, rows: int) -> MeshConfig:
-        """`data` for every visible device, or for as many as can share the rows."""
+        """The mesh with the largest `data` that fits the visible devices and divides the rows."""
         visible, others = len(jax.devices()), config.fsdp * config.tensor
         most = max(1, visible // others)
         data = next((n for n in range(most, 0, -1) if rows % (n * config.fsdp) == 0), most)
@@ -92,7 +92,7 @@ class Layout:
         return dataclasses.replace(config, data=data) if data < most else config
 
     def _enough(self, rows: int, accumulation: int) -> str:
-        """What to ask for where the mesh does not divide the rows."""
+        """A hint for the message: flags with which the mesh divides the rows."""
         parts, fsdp, micro = self.config.parts("batch"), self.config.fsdp, rows // accumulation
         fewer = next((n for n in range(parts // fsdp, 0, -1) if micro % (n * fsdp) == 0), None)
         more = f"take --rows {-(-micro // parts) * parts * accumulation}"
@@ -100,14 +100,13 @@ class Layout:
 
     @functools.cached_property
     def own_rows(self) -> slice:
-        """The rows of each batch from the first to the last that this process's devices hold: it
-        reads no others."""
+        """The range of batch rows that this process's devices hold; it loads no others."""
         indices = self._batch.addressable_devices_indices_map((self._rows,)).values()
         spans = [rows.indices(self._rows) for (rows,) in indices]
         return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))
 
     def place(self, tree: chex.ArrayTree) -> chex.ArrayTree:
-        """A state that every process has whole, each device with its part of it."""
+        """Shards a state that every process has in full."""
 
         def put(x: Any, sharding: NamedSharding) -> jax.Array:
             whole = np.asarray(x)
@@ -120,7 +119,7 @@ class Layout:
         train_step: Callable[[TrainState, Batch], tuple[TrainState, dict]],
         state: TrainState,
     ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-        """The step over the mesh, jitted; it takes this process's own rows of the batch."""
+        """The jitted step over the mesh; it takes this process's own rows of the batch."""
         shardings = state_shardings(self.mesh, state), self._everywhere
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
         return self._of_own_rows(jitted)
@@ -128,8 +127,8 @@ class Layout:
     def evaluation(
         self, function: Callable[[chex.ArrayTree, Batch], chex.ArrayTree]
     ) -> Callable[[chex.ArrayTree, Batch], chex.ArrayTree]:
-        """A function of the parameters and a batch, jitted over the mesh as `step` is; all
-        processes call it, and all have the result whole."""
+        """A jitted function of parameters and batch over the mesh. All processes call it, and each
+        gets the full result."""
         return self._of_own_rows(jax.jit(function, out_shardings=self._everywhere))
 
     def _of_own_rows(
@@ -152,22 +151,22 @@ class Layout:
         return jax.make_array_from_callback(shape, self._batch, part)
 
     def on_one_device(self, tree: chex.ArrayTree) -> chex.ArrayTree:
-        """The same arrays whole, on this process's first device; all processes take part."""
+        """Gathers the arrays on this process's first device; all processes must call it."""
         return tree if self.mesh.size == 1 else jax.tree.map(self._whole, tree)
 
     def on_host(self, tree: chex.ArrayTree) -> chex.ArrayTree:
-        """The same arrays whole, in this process's memory; all processes take part."""
+        """Gathers the arrays in this process's memory; all processes must call it."""
         return jax.tree.map(lambda x: np.asarray(self._whole(x)), tree)
 
     def _whole(self, x: jax.Array) -> jax.Array:
-        """One array at a time: on the way it is whole on every device."""
+        """Gathers one array, since every device holds all of it meanwhile."""
         return jax.jit(_same, out_shardings=self._everywhere)(x).addressable_data(0)
 
     def agreement(self) -> Callable[[int | None], int | None]:
-        """A function that makes of each process's number one for all: the largest.
+        """A function that reduces a number of each process to the largest, the same in all.
 
-        It answers to the call before, so that no process waits for the others; all processes call
-        it after each step, and get the same answer after the same one. Alone it answers at once.
+        All processes call it after each step. It returns the result of the call before, so that no
+        process waits for the others. A single process gets its own number at once.
         """
         if jax.process_count() == 1:
             return lambda number: number
@@ -184,8 +183,8 @@ class Layout:
         return agree
 
     def facts(self, state: TrainState) -> dict[str, Any]:
-        """results.json: `devices`, `processes`, `mesh`, and the bytes that each device holds of
-        the parameters and of the moments."""
+        """Fields of results.json: `devices`, `processes`, `mesh`, and the bytes of parameters and
+        moments on each device."""
 
         def bytes_of(tree: chex.ArrayTree) -> int:
             return sum(

@@ -1,4 +1,4 @@
-"""What a sitting shows and keeps of its steps: the screen, metrics.jsonl, the checkpoints."""
+"""Records the steps: on the screen, in metrics.jsonl, in checkpoints."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from tfm.training import TrainState
 
 
 class Recorder:
-    """Shows and keeps what the steps did. Process 0 logs and speaks, all save."""
+    """Shows, logs and saves the steps. Process 0 alone shows and logs; all processes save."""
 
     def __init__(
         self,
@@ -29,47 +29,47 @@ class Recorder:
         self._learning_rate = run.config.make_learning_rate()
 
     def skipped(self, skipped: Skipped) -> None:
-        """A step that made no update."""
+        """Reports and logs a step that made no update."""
         self.display.say(f"{skipped}; no update was made")
         if self._log:
             self._log.write_skipped(skipped.to_json())
 
     def figures(self) -> Metrics:
-        """Those of the steps since the last reading; they are shown, and to be logged."""
+        """Reads the metrics since the last call, shows them, and returns them for the log."""
         step = self._monitor.step
         figures, status = self._monitor.meter.read()
         self.display.update(status)
         return figures | {"step": step, "learning_rate": float(self._learning_rate(step - 1))}
 
     def evaluated(self, state: TrainState, line: Metrics) -> None:
-        """Shows an evaluation, and keeps the state where it is the best so far."""
+        """Shows an evaluation, and saves the state if it is the best so far."""
         self._checkpointer.save_if_best(state, self._monitor, line["valid_loss"])
         self.display.say(validation_line(line))
-        self._monitor.meter.restart()  # evaluating is not training's speed
+        self._monitor.meter.restart()  # an evaluation is not part of the speed
 
     def log(self, line: Metrics) -> None:
-        """A line of metrics.jsonl."""
+        """Writes a line of metrics.jsonl."""
         if self._log:
             self._log.write(line)
 
     def save(self, state: TrainState) -> None:
-        """Begins to save the state; CheckpointError where it cannot."""
+        """Starts saving the state in the background; CheckpointError where it cannot."""
         self.display.now("saving")
         self._checkpointer.save(state, self._monitor)
 
     def wait(self) -> int | None:
-        """Waits for the saves under way; the newest step that is safe."""
+        """Waits for pending saves; returns the newest saved step."""
         return self._checkpointer.wait()
 
     def leave(self, signal: int) -> NoReturn:
-        """Ends the process once all is saved."""
+        """Waits for pending saves, then ends the process."""
         self.wait()
         step = self._monitor.step
         self.display.say(f"stopped and saved at step {step}; the same command goes on")
         raise Stopped(128 + signal)
 
     def stalls(self) -> bool:
-        """Whether the evaluations have used up the patience, by the log of process 0."""
+        """Whether the evaluations have used up the patience, by process 0's log."""
         patience, processes = self._run.config.patience, self._run.processes
         if patience is None:
             return False
@@ -83,9 +83,9 @@ class Recorder:
 def begin_sitting(
     run: Run, state: TrainState, batches: Batches, stop: StopSignal
 ) -> Iterator[tuple[TrainState, StepMonitor, Recorder]]:
-    """The state to train on from: of the newest sound checkpoint, or else `state`.
+    """Resumes from the newest sound checkpoint, else starts from `state`.
 
-    The batches are set to its position; the end waits for the saves.
+    Sets the batches to the checkpoint's position. Leaving the context waits for pending saves.
     """
     folder, is_first = run.folder, run.processes.is_first
     with Checkpointer(run, batches) as checkpointer:
@@ -100,16 +100,16 @@ def begin_sitting(
             ProgressBar("training", run.config.steps, step, silent=not is_first) as display,
         ):
             display.now("compiling")
-            if is_first:  # else it speaks for itself
+            if is_first:  # in other processes the signal prints its own line
                 stop.say = display.say
             if step:
                 display.say(f"resuming {folder.path} at step {step}")
             yield state, monitor, Recorder(run, monitor, checkpointer, display, log)
-            checkpointer.wait()  # while the bar says that it saves
+            checkpointer.wait()  # while the bar is still shown
 
 
 def evaluations_since_the_best(metrics: list[Metrics]) -> int:
-    """How many evaluations there were after that of the lowest validation loss."""
+    """The number of evaluations after the one with the lowest validation loss."""
     losses = [m["valid_loss"] for m in metrics if m.get("valid_loss") is not None]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 

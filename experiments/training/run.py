@@ -1,4 +1,4 @@
-"""One run, resolved: its flags, what it is known by, and where it is trained."""
+"""One resolved run: its flags, its identity, and its devices and processes."""
 
 import dataclasses
 import json
@@ -15,17 +15,17 @@ from tfm.model import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run: resolved once, then handed on as it is."""
+    """A run: resolved once, then passed on unchanged."""
 
     config: TrainingConfig
     identity: dict[str, Any]
-    """What its checkpoints are known by, as `make_identity` returns it."""
+    """What a checkpoint must match to be resumed: see `make_identity`."""
     layout: Layout
-    """The devices that share it."""
+    """The placement on devices."""
     processes: Processes
-    """Those that train it together."""
+    """The processes that train it."""
     inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What config.json says beside the flags: of the data and of files, by their SHA-256."""
+    """Fields of config.json beside the flags: the SHA-256 of the data and of files."""
 
     @property
     def folder(self) -> RunFolder:
@@ -33,7 +33,7 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What config.json says."""
+        """The content of config.json."""
         return plain(self.config) | self.inputs
 
     @property
@@ -44,9 +44,9 @@ class Run:
 def make_identity(
     config: TrainingConfig, inputs: dict[str, Any], may_differ: Collection[str], **data: Any
 ) -> dict[str, Any]:
-    """The config and inputs but for the fields that may differ, and the data, as JSON reads them.
+    """The config without the fields that may differ, the inputs and the data, as JSON values.
 
-    A checkpoint of another identity is refused.
+    A checkpoint with another identity is refused.
     """
     record = plain(config) | inputs
     kept = {name: value for name, value in record.items() if name not in may_differ}

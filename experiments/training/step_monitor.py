@@ -1,4 +1,4 @@
-"""What each step did: figures of the good ones, and which were skipped."""
+"""Watches the steps: metrics of the updates, and which steps were skipped."""
 
 import collections
 import dataclasses
@@ -19,7 +19,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begins a new reading: what passed since the last one is not counted."""
+        """Starts a new interval; the steps and seconds since the last reading are dropped."""
         self._started = time.monotonic()
         self._metrics: list[dict] = []
 
@@ -33,8 +33,8 @@ class Meter:
         self._metrics.append(metrics)
 
     def read(self) -> tuple[Metrics, str]:
-        """The means since the last reading, as metrics and as a line of figures; starts anew."""
-        metrics = jax.device_get(self._metrics)  # waits for the device, so the clock is honest
+        """The means since the last reading, as metrics and as text; starts a new interval."""
+        metrics = jax.device_get(self._metrics)  # waits for the device, before the clock
         elapsed = time.monotonic() - self._started
         tokens = sum(int(m["tokens"]) for m in metrics)
         loss = sum(float(m["loss"]) * int(m["tokens"]) for m in metrics) / tokens
@@ -52,18 +52,18 @@ class Meter:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """A step that made no update: which, with which batch, and why."""
+    """A step that made no update: its number, its batch, and why."""
 
     step: int
     batch: int
     why: str
-    consecutive_skips: int  # how many it makes since the last update
+    consecutive_skips: int  # steps skipped since the last update, this one included
 
     def __str__(self) -> str:
         return f"step {self.step}, batch {self.batch}: {self.why}"
 
     def to_json(self) -> dict[str, Any]:
-        """Its line of metrics.jsonl, by the names that the file has always had."""
+        """Its line of metrics.jsonl."""
         return {
             "step": self.step, "batch": self.batch, "why": self.why,
             "in_a_row": self.consecutive_skips,
@@ -81,7 +81,7 @@ def _what_is_wrong(metrics: dict) -> str:
 
 
 class StepMonitor:
-    """Counts and measures the updates, looking at each step's metrics when the device has them."""
+    """Counts and measures updates; reads each step's metrics once the device has computed them."""
 
     def __init__(self, step: int, notes: dict[str, Any]) -> None:
         self.step = step  # updates made
@@ -91,17 +91,17 @@ class StepMonitor:
         self._under_way: collections.deque[tuple[int, dict]] = collections.deque()
 
     def add(self, metrics: dict) -> None:
-        """Takes note of a step under way; does not wait for it."""
+        """Adds the metrics of a dispatched step; does not wait for it."""
         self.batches_consumed += 1
         self._under_way.append((self.batches_consumed, metrics))
 
     @property
     def reached(self) -> int:
-        """The step that the run is at, if all steps under way turn out well."""
+        """The step that the run is at if every pending step makes an update."""
         return self.step + len(self._under_way)
 
     def notes(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, to go on with."""
+        """The counters that a checkpoint keeps, to resume from."""
         return {
             "batches": self.batches_consumed,
             "in_a_row": self.consecutive_skips,
@@ -109,7 +109,7 @@ class StepMonitor:
         }
 
     def collect(self, pending: int) -> list[Skipped]:
-        """Waits for the steps under way but the newest `pending`; those without an update."""
+        """Waits for all but the newest `pending` steps; returns those that made no update."""
         skipped = []
         while len(self._under_way) > pending:
             number, metrics = self._under_way.popleft()

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: once, to finish the step, save and leave; twice, to leave at once."""
+"""SIGINT and SIGTERM: the first finishes the step, saves and exits; a second exits at once."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(SystemExit):
-    """All processes have agreed to stop, and have saved."""
+    """Exit after all processes have agreed to stop and have saved."""
 
 
 class StopSignal:
@@ -20,9 +20,9 @@ class StopSignal:
 
     Leaving the context after a signal raises SystemExit with 128 + its number.
 
-    Python runs its own handlers between two bytecodes of the main thread, which waits for minutes
-    where XLA compiles. So a thread listens to the descriptor that the interpreter writes a
-    signal's number to the moment it arrives: it tells the user at once, and leaves at the second.
+    Python runs signal handlers between two bytecodes of the main thread, which can be minutes while
+    XLA compiles. The interpreter writes a signal's number to a file descriptor when it arrives, and
+    a thread reads it: it prints a line at the first signal and exits at the second.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What every task goes through, from its flags to results.json, in one process or several."""
+"""The stages of every task, from its flags to results.json, in one process or several."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from tfm.parallel.mesh import fit_vocabulary
 
 @contextlib.contextmanager
 def distributed_session(config: TrainingConfig) -> Iterator[Processes]:
-    """The processes that train together; what ends one of them ends all."""
+    """The processes of a training; an error in one of them ends all."""
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
     processes = start(config.cluster, config.run)
@@ -35,9 +35,9 @@ def distributed_session(config: TrainingConfig) -> Iterator[Processes]:
 
 
 def check_same_run(processes: Processes, config: dict[str, Any]) -> None:
-    """Raises ProcessError where the processes would not train the same: the difference is named.
+    """Raises ProcessError, naming the difference, where the processes' runs are not the same.
 
-    config: as JSON, all that decides what is done when, too.
+    config: JSON values, the periods of logging, evaluating and saving among them.
     """
     setup = {k: v for k, v in config.items() if k not in ("cluster", "compilation_cache")}
     setup["num_processes"] = config.get("cluster", {}).get("num_processes")
@@ -48,39 +48,39 @@ def check_same_run(processes: Processes, config: dict[str, Any]) -> None:
 
 
 class Prepared(Protocol):
-    """A task with its data at hand. All processes train it, the first alone does the rest."""
+    """A task with its data. All processes train it; process 0 alone does the rest."""
 
     run: Run
 
     def summary(self) -> str:
-        """The sizes of the data and of the model, in a line."""
+        """One line with the sizes of the data and of the model."""
 
     def train(self) -> tuple[Any, dict[str, Any]]:
-        """The trained model, and what `train_model` has to say of the run."""
+        """The trained model, and the facts that `train_model` returns."""
 
     def finish(self, trained: Any, facts: dict[str, Any]) -> dict[str, Any]:
-        """Judges the model and reports on it; returns what results.json holds."""
+        """Evaluates the model and writes the report; returns the content of results.json."""
 
 
 class Task(Protocol):
-    """What a task is to `carry_out`, before anything is written."""
+    """A task before anything is written, as `carry_out` takes it."""
 
     run: Run
-    """As far as it is known before the data is prepared."""
+    """The run, without what only `prepare` can tell."""
     may_differ: Collection[str]
-    """Fields of config.json that may change from one sitting to the next."""
+    """Fields of config.json that may change when the run is resumed."""
     makes: Collection[str]
-    """What `prepare` writes into the folder of the run."""
+    """Names of what `prepare` writes into the run folder."""
 
     def is_finished(self, results: dict[str, Any], config: dict[str, Any]) -> bool:
-        """Whether results.json, of a run with that config.json, is all that there is to do."""
+        """Whether a run with these results.json and config.json needs no more work."""
 
     def prepare(self) -> Prepared:
-        """Makes the data, or finds it in the folder; called in the first process, then the rest."""
+        """Makes the data, or finds it in the run folder; called in process 0 before the others."""
 
 
 def carry_out(task: Task) -> None:
-    """All that comes after a task's flags and files are read, in every process of the run."""
+    """Runs a task whose flags and files have been read; called in every process."""
     processes = task.run.processes
     check_same_run(processes, task.run.record)
     if processes.is_first:
@@ -90,7 +90,7 @@ def carry_out(task: Task) -> None:
 
 
 def lead(task: Task) -> None:
-    """What one process does for all: it holds the folder, prepares, speaks, and reports."""
+    """Process 0's part: it locks the folder, prepares, prints, trains and reports."""
     config, folder, processes = task.run.config, task.run.folder, task.run.processes
     with (
         folder.claim(task.run.record, task.may_differ, rewrite=False),
@@ -115,21 +115,21 @@ def lead(task: Task) -> None:
         trained, facts = learn(prepared)
         results = prepared.finish(trained, facts)
         write_params(run, trained.params, results["steps"])
-        # Last, so that a folder with results is a folder with everything.
+        # Written last, so that a folder with results.json is complete.
         write_json(folder.path / "results.json", results)
 
 
 def learn(prepared: Prepared) -> tuple[Any, dict[str, Any]]:
-    """The training, where all processes have prepared the same."""
+    """Trains, once all processes have confirmed that they prepared the same run."""
     check_same_run(prepared.run.processes, prepared.run.identity)
     return prepared.train()
 
 
 @contextlib.contextmanager
 def _withdrawn_unless_begun(folder: RunFolder, made: Collection[str]) -> Iterator[None]:
-    """Where text or flags are refused before the first step, takes back what was made of them.
+    """Removes what `prepare` made if an error comes before the first step.
 
-    Else the folder would refuse the same command with the mistake mended.
+    Otherwise the folder would refuse the same command with the mistake corrected.
     """
     try:
         yield
@@ -142,7 +142,7 @@ def _withdrawn_unless_begun(folder: RunFolder, made: Collection[str]) -> Iterato
 
 
 def write_params(run: Run, params: chex.ArrayTree, steps: int) -> None:
-    """params.safetensors: the final parameters alone, without rows that only a mesh needed."""
+    """Writes params.safetensors: the final parameters, without the rows of padding for a mesh."""
     model = dataclasses.replace(run.config.model, vocab_multiple=1)
     path = run.folder.path / "params.safetensors"
     with named(path):

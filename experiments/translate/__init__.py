@@ -1,1 +1,1 @@
-"""The task of translating text: its flags, its training, its report."""
+"""The translation task: flags, training, report."""

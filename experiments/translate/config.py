@@ -80,11 +80,11 @@ _TRAININGS = {
 
 
 def configured(preset: str, variant: str) -> dict[str, Any]:
-    """The fields that a preset and a variant decide, for flags to change."""
+    """The defaults of a preset and a variant, which flags override."""
     v = VARIANTS[variant]
     changes = dict(_SIZES[preset])
     if variant == "paper":
-        # The paper gives none; with this one Marian can hold the model.
+        # The paper gives no ε; with this one the model can be exported to Marian.
         changes["layer_norm_epsilon"] = 1e-5
     common = {"evaluate_every": 1000, "save_every": 1000, "source_length": 128,
               "target_length": 128, "keep_checkpoints": 2}  # fmt: skip
@@ -99,4 +99,4 @@ MAY_DIFFER = TRAININGS_MAY_DIFFER | {
     "variant", "train", "valid", "test", "weights", "evaluated", "from_run",
     "model.vocab_size", "model.source_vocab_size", "model.vocab_multiple",
 }  # fmt: skip
-"""Text and model are compared by their SHA-256 and their options, not by their names."""
+"""Texts and models are compared by SHA-256 and options, not by name."""

@@ -1,4 +1,4 @@
-"""What the translation task shows of a trained model: scores, translations, a report."""
+"""The results of the translation task: scores, sample translations, report."""
 
 import shlex
 import sys
@@ -38,7 +38,7 @@ sentences alone. This page tells how well, how it got there, and what it writes.
 
 
 def unpicked(count: int, n: int = SHOWN) -> list[int]:
-    """n places out of `count`, spread evenly: nobody has chosen them."""
+    """n indices below `count`, spread evenly."""
     return [i * count // n for i in range(min(n, count))] if count > n else list(range(count))
 
 
@@ -83,7 +83,7 @@ def _examples(test: Sequence[Pair], translations: Sequence[str]) -> Section:
 
 
 def show(results: dict[str, Any], test: Sequence[Pair], translations: Sequence[str]) -> None:
-    """The scores and a few translations, on standard output."""
+    """Prints the scores and a few translations."""
     console = Console()
     title = f"Seed {results['seed']}, beam {results['beam']}, {results['weights']}"
     columns = ("sentences", "BLEU", "95 %", "chrF", "BLEU, words of the files")
@@ -114,7 +114,7 @@ def report(
     curves = learning_curves_file(folder.metrics(), _PANELS[:2])
     write_text(folder.path / "learning_curve.svg", curves)
     rows = [("source", "reference", "model")]
-    rows += [(*pair, found) for pair, found in zip(test, translations, strict=True)]
+    rows += [(*pair, translation) for pair, translation in zip(test, translations, strict=True)]
     lines = ("\t".join(one_line(text) for text in row) + "\n" for row in rows)
     write_text(folder.path / "translations.tsv", "".join(lines))
     sections = [

@@ -1,4 +1,4 @@
-"""What a translator is worth: its translations of known text, scored, and results.json."""
+"""Scores of a translator, for its evaluation and for results.json."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from experiments.translate.texts import Texts
 
 
 def translated(translator: Predictor, sources: Sequence[str], **options: Any) -> list[str]:
-    """A translation of each sentence, in parts where it is too long; of a blank one a blank."""
-    found = iter(translator([s for s in sources if s.strip()], long="split", **options))
-    return [next(found) if s.strip() else "" for s in sources]
+    """The translation of each sentence, in parts where it is too long; '' for a blank one."""
+    translations = iter(translator([s for s in sources if s.strip()], long="split", **options))
+    return [next(translations) if s.strip() else "" for s in sources]
 
 
 def make_evaluate(
@@ -24,8 +24,7 @@ def make_evaluate(
 ) -> Callable[[chex.ArrayTree], dict[str, float]]:
     """params -> `valid_bleu` of the first `evaluated` validation pairs.
 
-    The sentences are decoded greedily: this is to watch the training, and the beam is for the
-    result.
+    Greedy decoding is enough to watch the training; the final result uses the beam.
     """
     sources, references = zip(*texts.valid[:evaluated], strict=True)
 
@@ -37,7 +36,7 @@ def make_evaluate(
 
 
 def scores(translations: list[str], references: list[str]) -> dict[str, bleu.Measure]:
-    """BLEU, BLEU of the text as its spaces part it, and chrF."""
+    """BLEU, BLEU of the text split at spaces, and chrF."""
     return {
         "bleu": bleu.bleu(translations, references),
         "bleu_pretokenized": bleu.bleu_pretokenized(translations, references),
@@ -49,8 +48,8 @@ def results_of(
     config: TranslateConfig, store: Store, vocabulary_size: int, about: dict[str, Any],
     measured: dict[str, dict[str, bleu.Measure]], texts: Texts,
 ) -> dict[str, Any]:  # fmt: skip
-    """results.json: scores from 0 to 100, with their signatures and intervals beside them."""
-    found = {
+    """The content of results.json: scores from 0 to 100, with signatures and intervals."""
+    figures = {
         f"{part}_{name}": measure.score
         for part, measures in measured.items()
         for name, measure in measures.items()
@@ -59,7 +58,7 @@ def results_of(
         part: {name: measure.to_json() for name, measure in measures.items()}
         for part, measures in measured.items()
     }
-    return found | {
+    return figures | {
         "scores": details,
         "test_sentences": len(texts.test),
         "valid_sentences": len(texts.valid),

@@ -1,4 +1,4 @@
-"""Learn to translate from parallel text of one's own."""
+"""The translation task: trains on the user's parallel text."""
 
 import dataclasses
 import itertools
@@ -36,7 +36,7 @@ from tfm.parallel.mesh import fit_vocabulary
 def _vocabulary(
     config: TranslateConfig, folder: RunFolder, clean: Clean, start: Predictor | None
 ) -> tuple[Subwords, Subwords]:
-    """Those of the model to start from, of an earlier sitting, or one trained for both sides."""
+    """Both vocabularies: of the run folder, of the model to start from, or trained jointly."""
     place = folder.path / "vocabulary"
     if place.exists():
         return Subwords.load(place, "source"), Subwords.load(place, "target")
@@ -58,8 +58,9 @@ def _vocabulary(
 def resolve(
     config: TranslateConfig, source: Subwords, target: Subwords, folder: RunFolder | None = None
 ) -> TranslateConfig:
-    """The config with the vocabulary sizes of the data; that of a model to start from has them.
-    They are padded as in the folder's last sitting.
+    """The config with the vocabulary sizes of the data, or of the model to start from.
+
+    They are padded as in the folder's config.json.
 
     Raises UserError where --model names other sizes than the vocabularies have.
     """
@@ -82,7 +83,7 @@ def resolve(
 def valid_examples(
     config: TranslateConfig, texts: Texts, source: Subwords, target: Subwords
 ) -> list[dict[str, np.ndarray]]:
-    """The validation pairs that have a part in the loss: those that a packed row can hold."""
+    """The validation pairs of the loss: those that fit into a packed row."""
     ids = zip(
         source.encode_all(sentence for sentence, _ in texts.valid),
         target.encode_all(sentence for _, sentence in texts.valid),
@@ -100,7 +101,7 @@ def valid_examples(
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """The text of a run as ids, ready to be learned."""
+    """A run with its text as ids, ready to train."""
 
     run: Run
     texts: Texts
@@ -118,8 +119,7 @@ class Prepared:
         )
 
     def train(self) -> tuple[Predictor, dict[str, Any]]:
-        """The translator with the weights that `weights` names, and what there is to say of the
-        run.
+        """Trains; returns the translator with the weights that `weights` names, and the facts.
 
         Raises SystemExit after SIGINT or SIGTERM, with everything saved.
         """
@@ -143,7 +143,7 @@ class Prepared:
         return dataclasses.replace(untrained, params=params), facts | {"weights": weights}
 
     def finish(self, translator: Predictor, facts: dict[str, Any]) -> dict[str, Any]:
-        """Translates and scores validation and test, and reports."""
+        """Translates and scores validation and test text, and writes the report."""
         run, config, texts = self.run, self.run.config, self.texts
         translations, measured = {}, {}
         for part in ("test", "valid"):
@@ -165,7 +165,7 @@ class Prepared:
 def chosen_weights(
     config: TranslateConfig, folder: RunFolder, last: chex.ArrayTree
 ) -> tuple[chex.ArrayTree, str]:
-    """The parameters that `weights` names, and what they are in words."""
+    """The parameters that `weights` names, and a description of them."""
     if config.weights == "last":
         return last, "of the last step"
     place = folder.best if config.weights == "best" else folder.checkpoints
@@ -185,7 +185,7 @@ def chosen_weights(
 def begun_from(config: TranslateConfig, start: Predictor) -> TranslateConfig:
     """The config with the model of the run to start from.
 
-    Raises UserError where flags ask for another model or vocabulary, or the lengths for more than
+    Raises UserError where flags ask for another model or vocabulary, or where the lengths exceed
     its learned positions.
     """
     usual = configured(config.preset, config.variant)["model"]
@@ -227,7 +227,7 @@ class TranslateTask:
         return as_far and config.get("weights") == wanted.weights
 
     def prepare(self) -> Prepared:
-        """Cleans and encodes the training text, or finds what an earlier sitting made of it."""
+        """Cleans and encodes the training text, or opens what the run folder has of it."""
         run, config, texts = self.run, self.run.config, self.texts
         clean = Clean(texts.train, config.limits, [*texts.valid, *texts.test])
         source, target = _vocabulary(config, run.folder, clean, self.start)
@@ -255,11 +255,11 @@ class TranslateTask:
 
 
 def run(config: TranslateConfig) -> None:
-    """The whole job: text, vocabulary, training, translation of the test, report."""
+    """The translate command: text, vocabulary, training, test, report."""
     with distributed_session(config) as processes:
         folder = RunFolder(config.run)
         check_folder(folder, config.functions)
-        inputs = identity_of(config.functions)  # a wrong file before the text is read
+        inputs = identity_of(config.functions)  # refuses a wrong file before the text is read
         texts = read(config)
         inputs = {"task": "translate", "corpora": texts.sha256} | inputs
         start = None
@@ -267,7 +267,7 @@ def run(config: TranslateConfig) -> None:
             start = load_translation(config.from_run, config.functions)
             config = begun_from(config, start)
         config = dataclasses.replace(config, model=decide_compute_dtype(config.model, folder))
-        make_model(config.model, config.functions)  # so that what does not fit is told at once
+        make_model(config.model, config.functions)  # refuses what does not fit, before any work
         model = divisible(config.model, config.mesh)
         layout = Layout(config.mesh, model, config.rows, config.accumulation)
         if start is not None:

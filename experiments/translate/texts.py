@@ -1,4 +1,4 @@
-"""The text of a translation run: what is named, and what is carved where nothing is."""
+"""The text of a translation run: the files named by flags, or validation text carved from them."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ from experiments.data.cleaning import Clean, Limits
 from experiments.data.text import CorpusError, Files, Hub, Pair
 from experiments.translate.config import TranslateConfig
 
-CARVED = 1000  # most pairs that become the validation text where none is given
+CARVED = 1000  # most pairs of validation text where none is given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Texts:
     valid: list[Pair]
     test: list[Pair]
     sha256: dict[str, Any]
-    """What each part was, as JSON."""
+    """The identity of each part, as JSON."""
 
 
 def _carve(corpus: Iterable[Pair], limits: Limits, test: list[Pair]) -> Iterator[Pair]:
-    """One sound pair in a hundred, by a hash of it, that is not in the test text."""
+    """About one clean pair in a hundred, chosen by a hash, that is not in the test text."""
     for source, target in Clean(corpus, limits, test):
         digest = hashlib.blake2b(f"{source}\0{target}".encode(), digest_size=8).digest()
         if int.from_bytes(digest, "big") % 100 == 0:
@@ -33,9 +33,10 @@ def _carve(corpus: Iterable[Pair], limits: Limits, test: list[Pair]) -> Iterator
 
 
 def read(config: TranslateConfig) -> Texts:
-    """All validation and test text, and where the training text is.
+    """Reads the validation and test text; the training text is read later, as a stream.
 
-    Raises CorpusError: none is named; of the text, or too little of it to carve validation from.
+    Raises CorpusError: no training text named, a fault in a file, or too few pairs to carve
+    validation text from.
     """
     if bool(config.train) == (config.dataset is not None):
         raise CorpusError(

@@ -1,4 +1,4 @@
-"""What an accelerator does with this library, part by part, each in a process of its own.
+"""Measures this library on an accelerator, each part in a separate process.
 
 `command` is the parent, which never touches the accelerator; `worker` runs one part of `parts`.
 """

@@ -8,16 +8,16 @@ def first() -> jax.Device:
 
 
 def memory_bytes() -> int | None:
-    """What JAX may take of its memory; None where no one counts, as on a CPU."""
+    """The bytes that JAX may allocate; None where they are unknown, as on a CPU."""
     return (first().memory_stats() or {}).get("bytes_limit")
 
 
 def peak_bytes() -> int | None:
-    """The most that this process ever had there; None where no one counts."""
+    """The peak bytes of this process; None where they are unknown."""
     return (first().memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def why_no_cudnn() -> str | None:
-    """Why cuDNN's attention is not to be tried; None where it is."""
+    """Why cuDNN's attention cannot run; None where it can."""
     platform = first().platform
     return None if platform in ("gpu", "cuda") else f"no cuDNN on {platform}"

@@ -53,7 +53,7 @@ def judged(error: float, bound: float, **more: Any) -> Row:
 
 
 def on_both(devices: Sequence[jax.Device], functions: Sequence[Callable], *arguments: Any) -> list:
-    """Each device's result of its function of the same arguments, on the host."""
+    """Runs each device's function on the same arguments; the results are on the host."""
 
     def compiled(device: jax.Device, function: Callable) -> Any:
         placed = jax.device_put(arguments, device)
@@ -66,7 +66,7 @@ def on_both(devices: Sequence[jax.Device], functions: Sequence[Callable], *argum
 
 
 def sides(config: TransformerConfig) -> tuple[Transformer, Transformer]:
-    """The model as the accelerator has it, and as the CPU's reference."""
+    """The model for the accelerator, and the reference model for the CPU."""
     own = dataclasses.replace(config, scan_layers=True)
     # In bf16 the kernels round what the formula's own derivative does not.
     exact = config.compute_dtype == "float32"
@@ -100,8 +100,8 @@ def compared(result: Any, reference: Any) -> Row:
 def training(session: Session, devices: Devices, params: Any) -> None:
     """Log-probabilities and gradients of a packed batch, in bf16 and in f32.
 
-    Two right gradients in bf16 differ by as much as each does from the one in f32. So that is what
-    the accelerator's is compared with, and it may be 1.5 times as far from it as the CPU's in bf16.
+    Two correct gradients in bf16 differ from each other as much as from the one in f32. So the
+    accelerator's is compared with f32, and its error may be 1.5 times the CPU's error in bf16.
     """
     sizes, (accelerator_, cpu) = session.sizes, devices
     batch = packed_batch(sizes.agreeing, sizes.agreeing_rows, sizes.agreeing_length)
@@ -157,30 +157,30 @@ def searched(model: Transformer, beam: int, length: int, params: Any, source: ja
     """The best hypothesis [R, T] of each source and its score; none ends before `length`."""
     step, cache = start_decoding(model, params, source, beam, length)
     search, never = greedy if beam == 1 else beam_search, model.config.vocab_size
-    found = search(step, cache, bos=BOS, eos=never, max_length=length)
-    return found.tokens[:, 0], found.log_probs[:, 0]
+    result = search(step, cache, bos=BOS, eos=never, max_length=length)
+    return result.tokens[:, 0], result.log_probs[:, 0]
 
 
 def gaps(
     tokens: np.ndarray, expected: np.ndarray, own: np.ndarray, other: np.ndarray, greedily: bool
 ) -> list[float]:
-    """How far apart the two choices are, of each row whose tokens differ; all are [R, T].
+    """How far apart the two choices are, for each row whose tokens differ; all arrays are [R, T].
 
-    own, other: log-probabilities of both rows' tokens, by one model. Greedily: of the first tokens
-    that differ, |ln p − ln p'|, since all before them is the same. Else of the rows, as a share:
+    own, other: log-probabilities of both choices, by one model. Greedily: |ln p − ln p'| of the
+    first tokens that differ, since all tokens before are equal. Else relative, over the row:
     |Σ ln p − Σ ln p'| / |Σ ln p'|.
     """
-    found = []
+    distances = []
     for row in np.flatnonzero((tokens != expected).any(-1)):
         first = np.argmax(tokens[row] != expected[row])
         own_sum, other_sum = own[row].sum(), other[row].sum()
         tokens_apart = abs(own[row, first] - other[row, first])
-        found.append(tokens_apart if greedily else abs((own_sum - other_sum) / other_sum))
-    return [float(gap) for gap in found]
+        distances.append(tokens_apart if greedily else abs((own_sum - other_sum) / other_sum))
+    return [float(gap) for gap in distances]
 
 
 def decoding(session: Session, devices: Devices, params: Any, beam: int) -> Row:
-    """Tokens of both, equal but for ties; and the accelerator's scores of its own hypotheses.
+    """Compares the tokens of both, which may differ in ties only, and the scores.
 
     Where tokens differ, the CPU scores both hypotheses: within `TIE` all `gaps` are ties.
     """

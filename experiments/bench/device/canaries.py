@@ -145,11 +145,11 @@ def first_steps(session: Session) -> Row:
     start = jax.device_get(init_state(model, optimizer, jax.random.PRNGKey(0)))
     for device in (accelerator.first(), jax.local_devices(backend="cpu")[0]):
         state, fed = jax.device_put((start, batch), device)
-        run, found = jax.jit(step), []
+        run, curve = jax.jit(step), []
         for _ in range(3):
             state, metrics = run(state, fed)
-            found.append(float(metrics["loss"]))
-        losses.append(np.array(found))
+            curve.append(float(metrics["loss"]))
+        losses.append(np.array(curve))
     error = float(np.abs(losses[0] / losses[1] - 1).max())
     return {"error": error, "bound": 1e-4, "passed": bool(error <= 1e-4)}
 

@@ -1,4 +1,4 @@
-"""The machine, and what it can do at most: a large matrix product, a large copy."""
+"""The machine, and its ceilings: the rates of a large matrix product and of a large copy."""
 
 import importlib.metadata
 import platform
@@ -17,7 +17,7 @@ _LIBRARIES = ("jax-cuda", "nvidia-cudnn", "nvidia-cublas", "nvidia-nccl", "trito
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of the packages that are measured, and of the device libraries beside them."""
+    """The versions of Python, of the measured packages, and of the device libraries."""
     known = {"python": platform.python_version()}
     for distribution in importlib.metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower()
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver; None where its tool is not there or says nothing."""
+    """The version of NVIDIA's driver; None where nvidia-smi is missing or fails."""
     if shutil.which("nvidia-smi") is None:
         return None
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -39,7 +39,7 @@ def driver() -> str | None:
 
 
 def machine() -> Row:
-    """The device that JAX takes, and the software around it."""
+    """JAX's device, and the versions of the software."""
     device = accelerator.first()
     return {
         "platform": device.platform,

@@ -1,6 +1,6 @@
-"""`bench --device`: runs the parts, one process after another, and shows what they found.
+"""`bench --device`: runs the parts, one process after another, and shows their results.
 
-This process never starts JAX's backend: the accelerator belongs to the part at work.
+This process never starts JAX's backend, so that the running part has the accelerator alone.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ Results = dict[str, Any]
 
 
 def environment_of(module: str, tiny: bool) -> dict[str, str]:
-    """Of a worker: the CPU beside the accelerator, and nearly all of its memory.
+    """A worker's environment: the CPU as a second platform, and nearly all device memory.
 
-    Beside PyTorch JAX keeps to the CPU: where it begins, it takes the accelerator's memory.
+    With PyTorch JAX is limited to the CPU, since it would reserve the accelerator's memory.
     """
     environment = dict(os.environ)
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
@@ -50,7 +50,7 @@ def environment_of(module: str, tiny: bool) -> dict[str, str]:
 def _worker(
     command: list[str], log: Path, environment: dict[str, str]
 ) -> Iterator[subprocess.Popen]:
-    """A process that is gone afterwards, with all that it started; what it says goes to `log`."""
+    """Runs a process with its output in `log`; at the end its whole group is killed."""
     with log.open("ab") as file:
         worker = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
@@ -66,8 +66,8 @@ def _worker(
 
 def last_words(log: Path, start: int) -> str:
     """The last line of an error in `log` from byte `start` on."""
-    said = log.read_bytes()[start:].decode(errors="replace").splitlines()
-    lines = [line.strip() for line in said if line.strip()]
+    printed = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    lines = [line.strip() for line in printed if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0]]
     return one_line((errors or lines or ["no message"])[-1])
 
@@ -80,14 +80,14 @@ def worker_command(
     return command + (["--tiny"] if tiny else [])
 
 
-Told = Callable[[Row], None]
-"""Takes each row as it comes."""
+OnRow = Callable[[Row], None]
+"""Called with each new row."""
 
 
 def run_module(
-    module: str, folder: Path, seconds: float, ceilings: dict[str, float], tiny: bool, told: Told
+    module: str, folder: Path, seconds: float, ceilings: dict[str, float], tiny: bool, on_row: OnRow
 ) -> str | None:
-    """Runs one module of a part for at most `seconds`; in one line why it failed, or None."""
+    """Runs one module of a part for at most `seconds`; returns why it failed, or None."""
     rows, log = folder / "rows.jsonl", folder / "log.txt"
     command = worker_command(module, rows, seconds, ceilings, tiny)
     with named(log):
@@ -96,8 +96,8 @@ def run_module(
         with _worker(command, log, environment_of(module, tiny)) as worker:
             while (code := worker.poll()) is None and time.monotonic() < end:
                 time.sleep(0.1)
-                seen = _tell_new(rows, seen, told)
-            _tell_new(rows, seen, told)
+                seen = _tell_new(rows, seen, on_row)
+            _tell_new(rows, seen, on_row)
         if code is None:
             return f"stopped at its limit of {seconds:.0f} s"
         if code:
@@ -106,60 +106,60 @@ def run_module(
     return None
 
 
-def _tell_new(rows: Path, seen: int, told: Told) -> int:
-    """Hands on the whole lines from byte `seen` on; up to where they go."""
+def _tell_new(rows: Path, seen: int, on_row: OnRow) -> int:
+    """Passes on the complete lines from byte `seen` on; returns the position after them."""
     with rows.open("rb") as file:
         file.seek(seen)
         new = file.read()
     whole = new[: new.rfind(b"\n") + 1]
     for line in whole.split(b"\n")[:-1]:
-        told(json.loads(line))
+        on_row(json.loads(line))
     return seen + len(whole)
 
 
-RunModule = Callable[[str, Path, float, dict[str, float], bool, Told], str | None]
+RunModule = Callable[[str, Path, float, dict[str, float], bool, OnRow], str | None]
 
 
 def run_part(
     name: str, part: Part, seconds: float, config: DeviceConfig, results: Results,
-    run_one: RunModule, said: Console,
+    run_one: RunModule, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """A part's `seconds`, `rows` and `fault`; its modules share `seconds`."""
-    begin, found, faults = time.monotonic(), [], []
+    begin, rows, faults = time.monotonic(), [], []
 
-    def told(row: Row) -> None:
-        found.append(row)
+    def on_row(row: Row) -> None:
+        rows.append(row)
         end = row.get("fault") or row.get("skipped") or row.get("flag") or "done"
         line = f"  {time.monotonic() - begin:5.0f} s  {row['name']}: {end}"
-        said.print(line, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
     ceilings = {key: value for key, value in results["ceilings"].items() if value}
     for number, module in enumerate(part.modules):
         left = seconds - (time.monotonic() - begin)
-        # The first of two may not take what the second needs: PyTorch compiles as long as XLA.
+        # The first of two gets half, since PyTorch compiles as long as XLA.
         own = left if number == len(part.modules) - 1 else left / 2
-        fault = run_one(module, config.run, own, ceilings, config.tiny, told)
+        fault = run_one(module, config.run, own, ceilings, config.tiny, on_row)
         if fault:
             faults.append(fault if module == name else f"{module}: {fault}")
-            said.print(f"  {faults[-1]}", soft_wrap=True)
-    made = {"seconds": time.monotonic() - begin, "rows": found}
+            console.print(f"  {faults[-1]}", soft_wrap=True)
+    made = {"seconds": time.monotonic() - begin, "rows": rows}
     return made | {"fault": "; ".join(faults) or None}
 
 
 def ceilings_of(rows: list[Row]) -> dict[str, float]:
-    """FLOP/s and bytes/s, of the rows that have them."""
+    """The FLOP/s and bytes/s in the rows."""
     keys = ("flops_per_second", "bytes_per_second")
     return {key: row[key] for row in rows for key in keys if row.get(key)}
 
 
 def limit(part: Part, others: list[Part], left: float) -> float:
-    """Seconds for a part: of the time that is left its share among those that are still to come."""
+    """Seconds for a part: its share of the remaining time, among the remaining parts."""
     later = sum(other.share for other in others)
     share = left * part.share / (part.share + later) if later else left
     return min(left, max(share, part.least))
 
 
-def measure(config: DeviceConfig, run_one: RunModule, said: Console) -> Results:
+def measure(config: DeviceConfig, run_one: RunModule, console: Console) -> Results:
     """Ceilings, then the chosen parts; device.json is written after each."""
     end = time.monotonic() + 60 * config.minutes
     results: Results = {"tiny": config.tiny, "begun": time.strftime("%Y-%m-%d %H:%M:%S%z")}
@@ -168,15 +168,15 @@ def measure(config: DeviceConfig, run_one: RunModule, said: Console) -> Results:
     while waiting:
         name, left = next(iter(waiting)), end - time.monotonic()
         part = waiting.pop(name)
-        # Tiny it is to run, whatever takes how long.
+        # A tiny run only tests the code, so it has no limits per part.
         seconds = left if config.tiny else limit(part, list(waiting.values()), left)
         if seconds < LEAST:
             results["parts"][name] = {"seconds": 0.0, "rows": [], "fault": "no time was left"}
-            said.print(f"{name}: no time is left")
+            console.print(f"{name}: no time is left")
         else:
-            said.print(f"{name}: at most {seconds:.0f} s; {left:.0f} s are left in all")
-            found = run_part(name, part, seconds, config, results, run_one, said)
-            results["parts"][name] = found
+            console.print(f"{name}: at most {seconds:.0f} s; {left:.0f} s are left in all")
+            outcome = run_part(name, part, seconds, config, results, run_one, console)
+            results["parts"][name] = outcome
         if name == "ceilings":
             _take_ceilings(results, config.tiny)
         write_json(config.run / "device.json", results)
@@ -184,7 +184,7 @@ def measure(config: DeviceConfig, run_one: RunModule, said: Console) -> Results:
 
 
 def _take_ceilings(results: Results, tiny: bool) -> None:
-    """Moves the machine to its place; DeviceError where it has no accelerator."""
+    """Moves machine and ceilings out of the parts; DeviceError where there is no accelerator."""
     part = results["parts"]["ceilings"]
     machines = [row for row in part["rows"] if row["name"] == "machine"]
     results["machine"] = {k: v for row in machines for k, v in row.items() if k != "name"}

@@ -1,4 +1,4 @@
-"""What is measured on an accelerator, by name, and what each part may take of the time."""
+"""The parts that are measured on an accelerator, and their shares of the time."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from experiments.errors import UserError
 
 
 class DeviceError(UserError):
-    """Why nothing can be measured as asked."""
+    """Nothing can be measured as asked; the message says why."""
 
 
 class Part(NamedTuple):

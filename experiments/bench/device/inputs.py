@@ -28,7 +28,7 @@ def full_batch(config: TransformerConfig, rows: int, length: int) -> dict[str, n
 
 
 def packed_batch(config: TransformerConfig, rows: int, length: int) -> dict[str, np.ndarray]:
-    """Rows of two sequences, cut somewhere else in each row and side, and padding behind them."""
+    """Rows of two sequences, of different lengths in each row and side, and then padding."""
     rng, batch = np.random.default_rng(1), full_batch(config, rows, length)
     for side in ("source", "target"):
         for row in range(rows):
@@ -42,10 +42,9 @@ def packed_batch(config: TransformerConfig, rows: int, length: int) -> dict[str,
 
 
 def random_params(model: Transformer) -> Any:
-    """Normal parameters of deviation 1/√d_model, whatever they are.
+    """Normal random parameters with deviation 1/√d_model.
 
-    The model's own initialisation is a program that takes as long to compile as some of the timed
-    ones; times do not depend on it.
+    Times do not depend on the values, and the model's own initialisation takes long to compile.
     """
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     leaves, tree = jax.tree.flatten(shapes)

@@ -21,8 +21,8 @@ LONGEST = 10
 def device_events(trace: dict[str, Any]) -> list[dict[str, Any]]:
     """What ran on the device, of a trace in Chrome's format.
 
-    On a GPU the events of its streams; its other lines (modules, steps) tell the same again. On a
-    CPU the operations of XLA, which bear the name of one.
+    On a GPU these are the events of its streams; other lines (modules, steps) repeat them. On a CPU
+    they are the operations of XLA, recognised by their names.
     """
     events = trace["traceEvents"]
     names = {
@@ -65,7 +65,7 @@ def longest_kernels(session: Session, name: str, run: Callable[[], Any], program
     """`kernels` of one run, whose trace and optimised `program` are kept in the session's folder
     where they are small: kernels are named after the program's fusions.
 
-    What fails here is told in the row, which is worth something without it.
+    A failure here is noted in the row, which is useful without the kernels.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:

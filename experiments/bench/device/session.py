@@ -1,4 +1,4 @@
-"""What a part is given to work with: sizes, ceilings, the time left; and where its rows go."""
+"""The session of a part: sizes, ceilings, remaining time, and the file of its rows."""
 
 import math
 import time
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 class Session:
-    """One part at work. A row that fails leaves the next ones."""
+    """A running part. A row that fails does not stop the next ones."""
 
     def __init__(
         self, emit: Callable[[Row], None], seconds: float, tiny: bool = False,
@@ -31,9 +31,9 @@ class Session:
         return self._end - time.monotonic()
 
     def row(self, name: str, measure: Callable[[], Row], needs: float = 0.0) -> Row:
-        """Emits what `measure` returns, or in one line why there is nothing; and returns it.
+        """Runs `measure`, writes its row or the reason why there is none, and returns it.
 
-        needs: seconds that it takes at least.
+        needs: the least seconds that it takes.
         """
         if self.left() < needs:
             result: Row = {"skipped": f"needs {needs:.0f} s, {max(0, self.left()):.0f} s were left"}
@@ -63,14 +63,14 @@ def _with_share(key: str, rate: float, share: str, ceilings: dict[str, float]) -
 
 
 def one_line(error: BaseException | str, most: int = 300) -> str:
-    """The kind of an error and the first line of its message that says anything."""
+    """The type of an error and the first non-empty line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     kind = "" if isinstance(error, str) else f"{type(error).__name__}: "
     return (kind + lines[0])[:most]
 
 
 def with_flags(row: Row) -> Row:
-    """The row, with a `flag` where one of its numbers cannot be true."""
+    """The row, with a `flag` where one of its numbers is impossible."""
     row = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
     wrong = []
     for key, value in row.items():
@@ -88,13 +88,13 @@ def with_flags(row: Row) -> Row:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether JAX or PyTorch found no room on the device."""
+    """Whether JAX or PyTorch ran out of device memory."""
     message = f"{type(error).__name__} {error}"
     return "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower()
 
 
 def halving(rows: int, measure: Callable[[int], Row]) -> Row:
-    """measure(rows), or of half as many rows again and again where the device has no room."""
+    """measure(rows), with half as many rows as often as the device runs out of memory."""
     for tried in _halves(rows):
         try:
             return measure(tried)

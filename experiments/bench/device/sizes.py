@@ -1,4 +1,4 @@
-"""How large the measured work is: as a card deserves it, and tiny for a CPU."""
+"""The sizes of the measured work: for a GPU, and tiny ones for a CPU."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
 """Training steps in bf16: tokens a second, share of the peak, memory; and the longest kernels.
 
 A step is forward, label-smoothed loss, backward, clipping and Adam, with dropout. The FLOPs are
-those of `training_flops`, of products that the model needs: what `rematerialize` computes anew
+those of `training_flops`, of products that the model needs: what `rematerialize` recomputes
 counts as time and not as work. Every attention counts as L×L, masked or not.
 """
 
@@ -59,7 +59,7 @@ def bfloat16(config: TransformerConfig, **options: Any) -> TransformerConfig:
 
 
 def chosen_rows(session: Session, config: TransformerConfig) -> int:
-    """Rows to begin with: of the formula, which needs the most memory."""
+    """The rows to start with: those of the formula, which needs the most memory."""
     memory, sizes = accelerator.memory_bytes(), session.sizes
     if memory is None:
         return sizes.most_rows
@@ -83,7 +83,7 @@ def fresh_state(model: Transformer, optimizer: optax.GradientTransformation) -> 
 
 
 def measure(session: Session, config: TransformerConfig, profile: str | None, rows: int) -> Row:
-    """One variant at `rows`; its longest kernels too where `profile` names it."""
+    """Measures one variant at `rows`, and its longest kernels where `profile` names it."""
     model, optimizer = Transformer(config), make_optimizer(lambda step: 1e-4, 1.0)
     before = accelerator.peak_bytes()
     batch = jax.device_put(full_batch(config, rows, session.sizes.length))
@@ -111,14 +111,14 @@ def measure(session: Session, config: TransformerConfig, profile: str | None, ro
 def measure_fitting(
     session: Session, config: TransformerConfig, options: dict[str, Any], profile: str | None
 ) -> Row:
-    """`measure` with as many rows as the device takes."""
+    """`measure` with as many rows as fit the device."""
     variant = bfloat16(config, **options)
     rows = chosen_rows(session, config)
     return halving(rows, partial(measure, session, variant, profile))
 
 
 def run(session: Session) -> None:
-    """Every model plain, with its profile; then the variants, the first model's first."""
+    """Measures every plain model with its profile, then the variants."""
     fused, missing = set(), accelerator.why_no_cudnn()
     order = [("plain", *named) for named in session.sizes.models]
     order += [(v, *named) for named in session.sizes.models for v in VARIANTS if v != "plain"]

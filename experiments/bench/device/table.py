@@ -1,4 +1,4 @@
-"""The results for a person to read: a table a part, and what went wrong below."""
+"""The results as tables, one for each part, with the failures below."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,8 +53,7 @@ COLUMNS: dict[str, tuple[str, Format]] = {
 def part_tables(
     console: Console, name: str, rows: list[dict[str, Any]], tiny: bool
 ) -> Iterator[Table]:
-    """The measured rows of one part with the columns that any of them has, in as many tables below
-    each other as the console's width asks for."""
+    """The rows of one part with all their columns, split into tables that fit the console."""
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     unlimited = console.options.update(max_width=10_000)
     title = f"{name} (tiny, CPU: no measurement)" if tiny else name
@@ -89,7 +88,7 @@ def kernel_table(row: dict[str, Any]) -> Table:
 
 
 def remarks(results: dict[str, Any]) -> list[str]:
-    """A line for all that is missing, wrong or doubtful."""
+    """One line for each row that is missing, wrong or doubtful."""
     lines = []
     for name, part in results["parts"].items():
         if part["fault"]:
@@ -112,7 +111,7 @@ def heading(machine: dict[str, Any]) -> str:
 
 
 def show(console: Console, results: dict[str, Any]) -> None:
-    """Everything, the most important last."""
+    """Prints all tables, the most important last."""
     measured = {
         name: [row for row in part["rows"] if row.keys() & COLUMNS.keys()]
         for name, part in results["parts"].items()

@@ -1,4 +1,4 @@
-"""Seconds of compiled programs on a device, and the memory that their compiler reckons."""
+"""Times compiled programs on a device, and reads their memory from the compiler."""
 
 import statistics
 import time
@@ -15,7 +15,7 @@ LEAST = 0.01
 
 
 def compile_timed(function: Callable[..., Any], *arguments: Any, **jit: Any) -> tuple[Any, float]:
-    """The compiled program of `function` for such arguments, and the seconds of compilation."""
+    """Compiles `function` for the arguments; returns the program and the seconds."""
     begin = time.perf_counter()
     program = jax.jit(function, **jit).lower(*arguments).compile()
     return program, time.perf_counter() - begin

@@ -1,4 +1,4 @@
-"""What the parts of PyTorch share: its device, and how it is timed."""
+"""PyTorch's device, and its timing."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,6 @@
-"""Whole runs of `pronounce`, from start to report, as a user starts them; the default's first.
+"""Whole runs of `pronounce` from start to report, the default preset first.
 
-This process leaves the accelerator to them.
+This process does not touch the accelerator.
 """
 
 import itertools

@@ -123,9 +123,9 @@ def test_weights_are_kept_where_attention_is_not_fused():
 def test_products_are_thrice_the_forward_passs():
     found = products(work(BIG, rows=2))
     assert found.forward == 2 * forward_flops(BIG, 20, 12) and found.backward == 2 * found.forward
-    assert found.anew == 0 and found.step == 3 * found.forward + found.rows
-    anew = products(work(dataclasses.replace(BIG, rematerialize="layers"), rows=2))
-    assert anew.anew == anew.forward - 2 * 2 * 12 * 1024 * 37_000
+    assert found.recomputed == 0 and found.step == 3 * found.forward + found.rows
+    again = products(work(dataclasses.replace(BIG, rematerialize="layers"), rows=2))
+    assert again.recomputed == again.forward - 2 * 2 * 12 * 1024 * 37_000
 
 
 def test_collectives_are_named_for_the_axes_of_a_mesh():
