@@ -74,7 +74,7 @@ class Budget:
     """multiplies the steps of every training"""
     first_seed: int = 0
     report: Callable[[float, str], None] = lambda share, status: None
-    """told how much of a training is done, and how it goes"""
+    """called with the share of a training that is done, and its status"""
 
     def steps(self, default: int) -> int:
         """The number of steps where the default preset takes `default`, a multiple of `PIECES`."""

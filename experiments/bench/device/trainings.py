@@ -41,7 +41,7 @@ def train(session: Session, name: str, flags: tuple[str, ...]) -> Row:
     command = [sys.executable, "-m", "experiments.run", "pronounce", "--run", str(run), *flags]
     if session.tiny:
         command += [*_TINY, *_tiny_files(folder)]
-    if run.is_dir():  # of an earlier call: a finished run would only be told again
+    if run.is_dir():  # left by an earlier call: a finished run would not train again
         shutil.rmtree(run)
     begin = time.monotonic()
     try:

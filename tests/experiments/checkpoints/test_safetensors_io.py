@@ -41,31 +41,25 @@ def test_short_types_survive(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, imported, params)
 
 
-def test_other_arrays_are_refused_by_name(file, params):
-    name = "decoder_0"
-    others = {
-        "w: not known": params | {name: {}},
-        "missing": params | {"extra": jnp.zeros(1)},
-    }
-    with pytest.raises(ValueError, match=rf"{file}: {name}.* is \('F32', .*, not known"):
-        import_params(file, others["w: not known"])
-    with pytest.raises(ValueError, match=r"extra is missing, not \('F32', \(1,\)\)"):
-        import_params(file, others["missing"])
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    with pytest.raises(ValueError, match="F32.*not.*BF16"):
-        import_params(file, half)
+ZEROS, FLOATS = {"a": {"w": jnp.zeros(3)}}, {"a/w": np.zeros(3, np.float32)}
+REFUSED = {  # content of the file (bytes or arrays; None: no file), what is wanted, words
+    "missing": (FLOATS, ZEROS | {"x": jnp.zeros(1)}, r"x is missing, not \('F32', \(1,\)\)"),
+    "unknown": (FLOATS, {"a": {}}, r"a/w is \('F32', .*, not known"),
+    "other type": (FLOATS, {"a": {"w": jnp.zeros(3, jnp.bfloat16)}}, "a/w is .*F32.*not.*BF16"),
+    "double": ({"a/w": np.zeros(3)}, ZEROS, r"a/w is \('F64', \(3,\)\), not \('F32', \(3,\)\)"),
+    "empty": (b"", ZEROS, "not a safetensors file"),
+    "pickle": (b"\x80\x04\x95", ZEROS, "not a safetensors file"),
+    "JSON": (b"{}", ZEROS, "not a safetensors file"),
+    "no file": (None, ZEROS, "No such file"),
+}
 
 
-def test_a_double_is_not_cut_to_a_float_in_silence(tmp_path):
-    save_file({"w": np.ones(3)}, tmp_path / "p")
-    with pytest.raises(ValueError, match=r"w is \('F64', \(3,\)\), not \('F32', \(3,\)\)"):
-        import_params(tmp_path / "p", {"w": jnp.zeros(3)})
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x80\x04\x95", b"{}"])
-def test_what_is_no_such_file_is_named(tmp_path, params, damage):
-    (tmp_path / "p").write_bytes(damage)
-    with pytest.raises(ValueError, match=f"{tmp_path / 'p'}: not a safetensors file"):
-        import_params(tmp_path / "p", params)
-    with pytest.raises(ValueError, match=f"{tmp_path / 'absent'}: No such file"):
-        import_params(tmp_path / "absent", params)
+@pytest.mark.parametrize(("content", "wanted", "words"), REFUSED.values(), ids=REFUSED)
+def test_refusals(tmp_path, content, wanted, words):
+    path = tmp_path / "p"
+    if isinstance(content, dict):
+        save_file(content, path)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}: {words}"):
+        import_params(path, wanted)

@@ -72,11 +72,6 @@ def test_a_formula_carries_its_largest_error_and_its_bound():
     assert row["effect"] == pytest.approx(8e-6) and row["verdict"] == SUPPORTED
 
 
-def test_what_was_stated_must_be_measured():
-    with pytest.raises(ValueError, match="stated.*'a'.*measured.*'b'"):
-        judge({"a": Hypothesis(TEXT, "x")}, {"b": exact(1)})
-
-
 def test_the_paired_interval_is_that_of_a_t_test():
     differences = [0.3, 0.1, 0.25, 0.4]
     found = paired_t(differences)
@@ -116,8 +111,13 @@ def test_the_interval_of_a_difference_is_newcombes():
         (lambda: wilson(3, 15), "at least 16"),
         (lambda: wilson(17, 16), "17 of 16"),
         (lambda: paired_t([0.1, math.nan]), "not finite"),
+        (
+            lambda: judge({"a": Hypothesis(TEXT, "x")}, {"b": exact(1)}),
+            "stated.*'a'.*measured.*'b'",
+        ),
     ],
+    ids=["one seed", "15 trials", "17 of 16", "NaN", "another hypothesis"],
 )
-def test_too_little_evidence_is_refused(call, words):
+def test_refusals(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -271,60 +272,6 @@ def test_save_and_load(one, foreign, tmp_path):
     assert (tmp_path / "vocabulary/source.spm").read_bytes() == one.model
 
 
-@pytest.mark.parametrize("name", ["v.json", "v.spm"])
-def test_a_missing_file_is_named(one, tmp_path, name):
-    one.save(tmp_path, "v")
-    (tmp_path / name).unlink()
-    with pytest.raises(SubwordError) as error:
-        Subwords.load(tmp_path, "v")
-    assert str(error.value) == f"{tmp_path / name}: No such file or directory"
-
-
-@pytest.mark.parametrize("cut", [0, 1, 1000, -1])
-def test_a_cut_model_is_named(one, tmp_path, cut):
-    one.save(tmp_path, "v")
-    (tmp_path / "v.spm").write_bytes(one.model[:cut])
-    with pytest.raises(SubwordError, match="v.spm: changed since it was written"):
-        Subwords.load(tmp_path, "v")
-
-
-def change(path, **fields):
-    about = json.loads(path.read_text("utf-8")) | fields
-    path.write_text(json.dumps({k: v for k, v in about.items() if v is not None}))
-
-
-@pytest.mark.parametrize(
-    "fields, why",
-    [
-        ({"pieces": None}, "it has no 'pieces'"),
-        ({"spm_sha256": None}, "it has no 'spm_sha256'"),
-        ({"pieces": ["a", 3]}, "a list of strings"),
-        ({"pieces": "abcdefg"}, "a list of strings"),
-        ({"pieces": ["a", "b", "c", "d", "a"]}, "stands twice"),
-        ({"bos": "1"}, "whole numbers"),
-        ({"eos": True}, "whole numbers"),
-        ({"unk": 400}, "unk=400 is no id"),
-        ({"more": 1}, "more"),
-        ({"unk": None}, "unk"),
-    ],
-)
-def test_a_wrong_json_is_named(one, tmp_path, fields, why):
-    one.save(tmp_path, "v")
-    change(tmp_path / "v.json", **fields)
-    with pytest.raises(SubwordError, match=why) as error:
-        Subwords.load(tmp_path, "v")
-    assert str(error.value).startswith(f"{tmp_path / 'v.json'}: not a vocabulary")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"null", b"[" * 100_000])
-def test_a_damaged_json_is_named(one, tmp_path, content):
-    one.save(tmp_path, "v")
-    (tmp_path / "v.json").write_bytes(content)
-    with pytest.raises(SubwordError, match="v.json: not a vocabulary"):
-        Subwords.load(tmp_path, "v")
-
-
 def test_read_model(one, tmp_path):
     path = tmp_path / "source.spm"
     path.write_bytes(one.model)
@@ -373,3 +320,54 @@ def test_no_damaged_model_ends_the_process(one, tmp_path):
         paths[-1].write_bytes(damaged)
     done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def changed(**fields):
+    """A function of v.json's content that changes fields; None leaves one out."""
+
+    def of_content(content):
+        about = json.loads(content) | fields
+        return json.dumps({k: v for k, v in about.items() if v is not None}).encode()
+
+    return of_content
+
+
+DAMAGED = [  # file, its content after the damage (None: no file), words
+    ("v.json", None, "No such file or directory$"),
+    ("v.spm", None, "No such file or directory$"),
+    *(("v.spm", lambda c, n=n: c[:n], "changed since it was written") for n in (0, 1, 1000, -1)),
+    *(
+        ("v.json", lambda c, content=content: content, "not a vocabulary")
+        for content in (b"", b"[]", b"{", b"\xff", b"null", b"[" * 100_000)
+    ),
+    *(
+        ("v.json", changed(**fields), f"not a vocabulary.*{why}")
+        for fields, why in [
+            ({"pieces": None}, "it has no 'pieces'"),
+            ({"spm_sha256": None}, "it has no 'spm_sha256'"),
+            ({"pieces": ["a", 3]}, "a list of strings"),
+            ({"pieces": "abcdefg"}, "a list of strings"),
+            ({"pieces": ["a", "b", "c", "d", "a"]}, "stands twice"),
+            ({"bos": "1"}, "whole numbers"),
+            ({"eos": True}, "whole numbers"),
+            ({"unk": 400}, "unk=400 is no id"),
+            ({"more": 1}, "more"),
+            ({"unk": None}, "unk"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"), DAMAGED, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_a_damaged_vocabulary_is_named(one, tmp_path, name, damage, words):
+    one.save(tmp_path, "v")
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    if damage:
+        (tmp_path / name).write_bytes(damage(content))
+    with pytest.raises(SubwordError) as error:
+        Subwords.load(tmp_path, "v")
+    message = str(error.value)
+    assert re.match(f"{tmp_path / name}: {words}", message) and "\n" not in message

@@ -25,21 +25,20 @@ def test_decode_inverts_encode_and_stops_at_the_first_end():
     assert PHONES.decode([4, 5]) == ["B", "ZH"]
 
 
-@pytest.mark.parametrize("i", [-1, 6, 100])
-def test_an_id_outside_is_named(i):
-    with pytest.raises(ValueError, match=rf"id {i} .* size 6"):
-        PHONES.decode([3, i])
-
-
-def test_an_unknown_symbol_is_named():
-    with pytest.raises(ValueError, match="unknown symbol 'QQ'"):
-        PHONES.encode(["AA", "QQ", "RR"])
-
-
-def test_a_repeated_symbol_is_refused():
-    with pytest.raises(ValueError, match="repeated: .'B'."):
-        Vocabulary(("B", "AA", "B"))
-
-
 def test_json_round_trip():
     assert Vocabulary.from_json(json.loads(json.dumps(PHONES.to_json()))) == PHONES
+
+
+REFUSED = {
+    "id -1": (lambda: PHONES.decode([3, -1]), "id -1 .* size 6"),
+    "id 6": (lambda: PHONES.decode([3, 6]), "id 6 .* size 6"),
+    "id 100": (lambda: PHONES.decode([3, 100]), "id 100 .* size 6"),
+    "unknown symbol": (lambda: PHONES.encode(["AA", "QQ", "RR"]), "unknown symbol 'QQ'"),
+    "repeated symbol": (lambda: Vocabulary(("B", "AA", "B")), "repeated: .'B'."),
+}
+
+
+@pytest.mark.parametrize(("given", "words"), REFUSED.values(), ids=REFUSED)
+def test_refusals(given, words):
+    with pytest.raises(ValueError, match=words):
+        given()

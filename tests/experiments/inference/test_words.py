@@ -199,14 +199,10 @@ def test_long_words_in_parts(pronouncer, say):
 
 
 def test_what_cannot_be_pronounced_is_an_error_from_python(pronouncer):
-    with pytest.raises(ValueError, match="nbest=3 .* beam=2"):
-        pronouncer.nbest(["ab"], 3, 2)
     with pytest.raises(InputError, match="'xb': unknown character 'x'"):
         pronouncer(["ab", "xb"])
     with pytest.raises(InputError, match="an empty text"):
         pronouncer([""])
-    with pytest.raises(TypeError, match=r"sources must be a list of texts: \['dab'\], not 'dab'"):
-        pronouncer("dab")
 
 
 def test_cross_attention_is_that_of_writing_each_sound(pronouncer):
