@@ -32,7 +32,7 @@ def points(axes: Axes, values: dict[str, Any]) -> None:
     axes.set_xlim(-0.6, len(values) - 0.4)
 
 
-_ROW, _LEFT, _RIGHT, _PLOT = 34, 330, 150, 320  # pixels of a strip
+_ROW, _LEFT, _RIGHT, _PLOT = 34, 330, 170, 300  # pixels of a strip
 _ROLES = {"supported": "right", "not supported": "wrong"}
 _CSS = (
     f".claim-say,.claim-small{{font-size:11px;fill:{paint('ink')}}}"

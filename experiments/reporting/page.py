@@ -34,13 +34,14 @@ def page(title: str, intro: str, command: str, tiles: str, sections: Sequence[Se
     """The whole page; sections without a body are left out."""
     sections = [section for section in sections if section.body]
     links = "".join(f'<a href="#{section.anchor}">{section.title}</a>' for section in sections)
-    # With this policy the browser enforces that nothing is loaded and no script runs.
+    # The browser loads nothing and runs no script; an attention map is an image inside the page.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{escape(title)}</title>
 <style>
 {_STYLE}</style>

@@ -6,6 +6,8 @@ import pytest
 
 from experiments.claims.ledger import CLAIMS
 from experiments.claims.pages import markdown, number
+from experiments.reporting.page import Section, page
+from experiments.reporting.style import inline, panels
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -50,3 +52,13 @@ def test_the_pages_say_what_the_measurements_do_not_bear_out(ledger):
 )
 def test_numbers_have_three_figures(value, text):
     assert number(value) == text
+
+
+def test_the_report_may_show_the_images_that_its_figures_hold():
+    """A heat map is one; the policy of the page forbids all that it does not name."""
+    figure, (axes,) = panels("A map")
+    axes.imshow([[0, 1], [1, 0]])
+    html = page("t", "i", "c", "", [Section("a", "A", "", inline(figure, "map", "a map"))])
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
+    assert '<image href="data:' in html and "img-src data:" in policy
+    assert "default-src 'none'" in policy
