@@ -1,6 +1,7 @@
 """Decodes many texts with `search.decode`, in batches whose length limit grows where needed."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -57,7 +58,8 @@ class Generator:
     seed: int = 0  # of samples
 
     def __call__(self, jobs: Sequence[Job], done: Done) -> list[list[Hypothesis]]:
-        """The n hypotheses of each job that a length limit of `target_length` gives.
+        """The n hypotheses of each job that a length limit of `target_length` gives, or as many
+        as there are.
 
         The first limit is lower. Jobs whose result could still change are decoded again with
         twice the limit.
@@ -75,6 +77,8 @@ class Generator:
                 decoded = self._decode(chosen, batch.width, room)
                 for i, job, row in zip(members, chosen, zip(*decoded, strict=True), strict=False):
                     hypotheses = [self._hypothesis(*one) for one in zip(*row, strict=True)]
+                    # A beam wider than the number of possible targets is filled with −∞.
+                    hypotheses = [h for h in hypotheses if h.score > -math.inf]
                     if room == self.target_length or self.are_final(hypotheses, job):
                         finished[i] = hypotheses[: self.n]
                     else:
@@ -97,7 +101,7 @@ class Generator:
         since the search then ranks by the tokens after it.
         """
         still_open = [h for h in hypotheses if not h.ended]
-        if self.rules.sampling or job.prefix:
+        if self.rules.sampling or job.prefix or len(hypotheses) < self.n:
             return not still_open
         rules, longest = self.rules, self.target_length
         return all(

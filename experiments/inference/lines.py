@@ -2,8 +2,8 @@
 
 import collections
 import io
-import itertools
 import os
+import select
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -21,13 +21,47 @@ class LineError(UserError):
     """One line cannot be processed; the message says why."""
 
 
-def lines_of(stream: BinaryIO, longest: int) -> Iterator[bytes]:
-    """The lines of a stream, split at \\n only; a line over `longest` bytes is truncated."""
-    while line := stream.readline(longest):
-        rest = line
-        while len(rest) == longest and not rest.endswith(b"\n"):
-            rest = stream.readline(longest)
-        yield line
+class Lines(Iterator[bytes]):
+    """The lines of a stream, split at \\n only and without it; one over `longest` bytes is
+    truncated."""
+
+    BLOCK = 1 << 16
+    PAUSE = 0.02  # seconds without a further byte, after which nothing more is waiting
+
+    def __init__(self, stream: BinaryIO, longest: int) -> None:
+        self._stream, self._longest = stream, longest
+        self._lines: collections.deque[bytes] = collections.deque()
+        self._rest, self._ended = b"", False
+
+    def __next__(self) -> bytes:
+        while not self._lines and not self._ended:
+            self._read()
+        if not self._lines:
+            raise StopIteration
+        return self._lines.popleft()
+
+    def waiting(self) -> bool:
+        """Whether a further line has arrived. A program may wait for an answer to the last one."""
+        while not self._lines and not self._ended and self._readable():
+            self._read()
+        return bool(self._lines)
+
+    def _readable(self) -> bool:
+        try:
+            return bool(select.select([self._stream.fileno()], [], [], self.PAUSE)[0])
+        except (OSError, ValueError):  # no stream of the system's: nobody waits
+            return True
+
+    def _read(self) -> None:
+        block = self._stream.read1(self.BLOCK)
+        *ends, rest = block.split(b"\n")
+        for end in ends:
+            self._lines.append((self._rest + end)[: self._longest])
+            self._rest = b""
+        self._rest = (self._rest + rest)[: self._longest]
+        if not block:
+            self._ended = True
+            self._lines.extend([self._rest] if self._rest else [])
 
 
 class Tally(collections.Counter):
@@ -45,7 +79,7 @@ class Tally(collections.Counter):
 
 
 def text_of(number: int, line: bytes) -> str:
-    """The text of a line, without the characters that end it.
+    """The text of a line, without a carriage return at its end.
 
     Raises LineError: invalid UTF-8, or too long.
     """
@@ -53,21 +87,20 @@ def text_of(number: int, line: bytes) -> str:
         raise LineError(f"longer than {LONGEST} bytes")
     try:
         # utf-8-sig drops a byte order mark before the first word.
-        return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
     except UnicodeDecodeError:
         raise LineError("invalid UTF-8") from None
 
 
-def chunks(lines: Iterable[bytes], at_once: int) -> Iterator[list[tuple[int, bytes]]]:
-    """Chunks of at most `at_once` numbered lines, and fewer where the lines are long."""
+def chunks(lines: Lines, at_once: int) -> Iterator[list[tuple[int, bytes]]]:
+    """Chunks of at most `at_once` numbered lines: fewer where they are long, or where no more have
+    arrived."""
     numbered = enumerate(lines, start=1)
     for first in numbered:
         chunk, size = [first], len(first[1])
-        for number, line in itertools.islice(numbered, at_once - 1):
-            chunk.append((number, line))
-            size += len(line)
-            if size > BYTES_AT_ONCE:
-                break
+        while len(chunk) < at_once and size <= BYTES_AT_ONCE and lines.waiting():
+            chunk.append(next(numbered))
+            size += len(chunk[-1][1])
         yield chunk
 
 
@@ -93,19 +126,32 @@ def lines_ahead(stream: BinaryIO) -> int | None:
 Answers = Callable[[list[tuple[int, bytes]], Tally, Callable[[int], None]], Iterable[str]]
 
 
-def serve(verb: str, answers: Answers, lines: Iterable[bytes], at_once: int) -> None:
-    """Writes the answers to each chunk of lines to standard output, and flushes them.
+def greet(loading: str) -> None:
+    """Tells a person at a terminal what is going on, and how to end."""
+    if sys.stdin.isatty():
+        print(f"loading {loading}; then a line at a time, Ctrl-D ends", file=sys.stderr)
 
-    A chunk has at most `at_once` lines, and a single one where a person types at a terminal.
+
+def _prompt() -> None:
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+
+
+def serve(verb: str, answers: Answers, at_once: int) -> None:
+    """Answers the lines of standard input on standard output, at most `at_once` together.
+
+    What has arrived is answered as soon as no more is waiting.
     """
-    at_once = 1 if sys.stdin.isatty() else at_once
+    lines = Lines(sys.stdin.buffer, LONGEST)
     output, tally = sys.stdout.buffer, Tally()  # bytes: UTF-8 in every locale
     # No bar where the answers go to a terminal, since they show the progress.
     with ProgressBar(verb, lines_ahead(sys.stdin.buffer), silent=sys.stdout.isatty()) as bar:
+        _prompt()
         for chunk in chunks(lines, at_once):
             text = "".join(f"{answer}\n" for answer in answers(chunk, tally, bar.advance))
             with to_reader():
                 output.write(text.encode())
                 output.flush()
             bar.reached(chunk[-1][0])
+            _prompt()
     tally.sum_up()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,8 +11,9 @@ from experiments.inference.hypotheses import Hypothesis, pharaoh
 from experiments.inference.lines import (
     LONGEST,
     LineError,
+    Lines,
     Tally,
-    lines_of,
+    greet,
     one_line,
     serve,
     text_of,
@@ -50,7 +50,7 @@ class Prefixes:
             self._file = path.open("rb")
         except OSError as error:
             raise PrefixError(f"{path}: {error.strerror}") from None
-        self._lines = lines_of(self._file, LONGEST)
+        self._lines = Lines(self._file, LONGEST)
 
     def __enter__(self) -> "Prefixes":
         return self
@@ -65,7 +65,7 @@ class Prefixes:
         if line is None:
             raise PrefixError(f"{self._path}: {self._count - 1} lines, and the input has more")
         try:
-            return text_of(self._count, line).strip(" \t")
+            return text_of(self._count, line).strip()
         except LineError as error:
             raise PrefixError(f"{self._path}, line {self._count}: {error}") from None
 
@@ -76,7 +76,7 @@ class Prefixes:
 
 
 class Prediction:
-    """Answers lines: `n` for each, empty ones where a line is empty or refused."""
+    """Answers lines: `n` for each, empty ones where a line is blank or refused."""
 
     def __init__(
         self, predictor: Predictor, config: PredictConfig, prefixes: Prefixes | None = None
@@ -94,7 +94,7 @@ class Prediction:
         answers = zip(results, self._alignments(good, results), strict=True)
         for line in lines:
             if not line.text:
-                yield from [""] * self._n
+                yield from self._empty(line)
                 continue
             hypotheses, links = next(answers)
             if not all(hypothesis.ended for hypothesis in hypotheses):
@@ -106,7 +106,7 @@ class Prediction:
     def _read(self, number: int, line: bytes, tally: Tally) -> Line:
         prefix = self._prefixes.next() if self._prefixes else ""
         try:
-            text = text_of(number, line).strip(" \t")
+            text = text_of(number, line).strip()
             if text:
                 self._predictor.source.check(text)
                 self._check_prefix(prefix)
@@ -154,17 +154,24 @@ class Prediction:
     ) -> Iterator[list[list[str]]]:
         """The alignment column of each hypothesis of each line; without --align no column."""
         if not self._config.align:
-            return iter([[[]] * self._n] * len(lines))
+            return ([[]] * len(own) for own in results)
         pairs = [(line.text, h) for line, own in zip(lines, results, strict=True) for h in own]
-        columns = [[pharaoh(links)] for links in self._predictor.align(pairs)]
-        return (columns[i : i + self._n] for i in range(0, len(columns), self._n))
+        columns = iter([[pharaoh(links)] for links in self._predictor.align(pairs)])
+        return ([next(columns) for _ in own] for own in results)
 
     def _columns(self, line: Line, hypothesis: Hypothesis) -> list[str]:
         text = one_line(hypothesis.text)
         if self._config.nbest is None:
             return [text]
-        is_word = isinstance(self._predictor.source, Symbols)
-        return [line.text if is_word else str(line.number), f"{hypothesis.score:.4f}", text]
+        return [self._name(line), f"{hypothesis.score:.4f}", text]
+
+    def _empty(self, line: Line) -> list[str]:
+        """The answers to a line without text: with the columns of the others, empty."""
+        columns = [""] if self._config.nbest is None else [self._name(line), "", ""]
+        return ["\t".join(columns + [""] * self._config.align)] * self._n
+
+    def _name(self, line: Line) -> str:
+        return line.text if isinstance(self._predictor.source, Symbols) else str(line.number)
 
 
 def run(config: PredictConfig) -> None:
@@ -175,9 +182,9 @@ def run(config: PredictConfig) -> None:
     """
     with contextlib.nullcontext() if config.prefix is None else Prefixes(config.prefix) as prefixes:
         runs = [config.run, *config.ensemble]
+        greet(f"{config.run}")
         predictor = load_together(runs, config.int8, config.mean, config.functions)
-        lines = lines_of(sys.stdin.buffer, LONGEST)
         at_once = FULL_BATCHES * predictor.batching.rows
-        serve("predicting", Prediction(predictor, config, prefixes), lines, at_once)
+        serve("predicting", Prediction(predictor, config, prefixes), at_once)
         if prefixes:
             prefixes.check_end()

@@ -130,7 +130,7 @@ class Predictor:
         long: Long = "refuse",
         done: Done = _nobody,
     ) -> list[list[Hypothesis]]:
-        """The n best targets of each source, best first.
+        """The n best targets of each source, best first; fewer where fewer are possible.
 
         Args:
           beam, alpha: None: those of the settings; the beam is at least n.

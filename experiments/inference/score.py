@@ -1,14 +1,13 @@
 """The score command: pairs on standard input, log-probabilities on standard output."""
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 from experiments.errors import UserError
 from experiments.inference.hypotheses import Scored
-from experiments.inference.lines import LONGEST, LineError, Tally, lines_of, serve, text_of
+from experiments.inference.lines import LineError, Tally, greet, serve, text_of
 from experiments.inference.predict import FULL_BATCHES, LEFT_EMPTY
 from experiments.inference.predictor import Predictor
 from experiments.inference.saved import load_together
@@ -55,7 +54,7 @@ class Scoring:
 
     def _read(self, number: int, line: bytes, tally: Tally) -> tuple[str, str] | None:
         try:
-            pair = tuple(text.strip(" ") for text in text_of(number, line).split("\t"))
+            pair = tuple(text.strip() for text in text_of(number, line).split("\t"))
             if pair == ("",):
                 return None
             if len(pair) != 2:
@@ -78,8 +77,8 @@ class Scoring:
 
 def run(config: ScoreConfig) -> None:
     """Scores standard input. Raises UserError for runs that cannot be loaded."""
+    greet(f"{config.run}")
     predictor = load_together(
         [config.run, *config.ensemble], config.int8, config.mean, config.functions
     )
-    lines = lines_of(sys.stdin.buffer, LONGEST)
-    serve("scoring", Scoring(predictor, config), lines, FULL_BATCHES * predictor.batching.rows)
+    serve("scoring", Scoring(predictor, config), FULL_BATCHES * predictor.batching.rows)

@@ -404,7 +404,7 @@ def test_predict_nbest_and_beam(finished, predict):
     code, out, error = predict(data, "--run", finished, "--beam", "2", "--nbest", "2")
     assert code == 0 and len(error.splitlines()) == 2
     lines = out.split("\n")
-    assert len(lines) == 9 and lines[2:6] == [""] * 4
+    assert len(lines) == 9 and lines[2:6] == ["\t\t"] * 4
     scores = [float(line.split("\t")[1]) for line in (*lines[:2], *lines[6:8])]
     assert scores[0] >= scores[1] and scores[2] >= scores[3]
     best = predict(data, "--run", finished)[1].split("\n")

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.inference import lines as lines_module
 from experiments.inference import predict
-from experiments.inference.lines import Tally, chunks, lines_ahead, one_line
+from experiments.inference.lines import Lines, Tally, chunks, lines_ahead, one_line
 from experiments.inference.predict import PrefixError
 from experiments.inference.predict_config import PredictConfig
 from experiments.inference.saved import write
@@ -98,7 +98,8 @@ def test_nbest_keeps_step_and_has_numbers_and_scores(say, translator):
     expected = translator.nbest(["sees", "house cat"], 2)
     rows = [[str(n), f"{h.score:.4f}", h.text] for n, best in zip((1, 3), expected, strict=True)
             for h in best]  # fmt: skip
-    assert found[2:4] == ["", ""] and [line.split("\t") for line in found[:2] + found[4:]] == rows
+    assert found[2:4] == ["2\t\t"] * 2  # the columns of the others
+    assert [line.split("\t") for line in found[:2] + found[4:]] == rows
 
 
 def test_beam_and_alpha_are_those_of_the_call(say, translator):
@@ -144,7 +145,7 @@ def test_align_adds_a_column(say, translator):
     best = [hypotheses[0] for hypotheses in translator.nbest(["house cat", "sees"])]
     links = translator.align([("house cat", best[0]), ("sees", best[1])])
     shown = [" ".join(f"{i}-{j}" for i, j in own) for own in links]
-    assert found == [f"{best[0].text}\t{shown[0]}", "", f"{best[1].text}\t{shown[1]}"]
+    assert found == [f"{best[0].text}\t{shown[0]}", "\t", f"{best[1].text}\t{shown[1]}"]
     pairs, _ = say(b"house cat\nsees", align=True, nbest=2)
     assert [line.split("\t")[3] for line in pairs[::2]] == shown
 
@@ -169,11 +170,35 @@ def test_a_translation_without_an_end_is_told(call, translator, tmp_path):
 
 def test_chunks_are_small_where_lines_are_long(monkeypatch):
     monkeypatch.setattr(lines_module, "BYTES_AT_ONCE", 10)
-    made = list(chunks([b"ab", b"cd", b"x" * 11, b"e", b"f", b"g"], 3))
-    assert [[number for number, _ in chunk] for chunk in made] == [[1, 2, 3], [4, 5, 6]]
-    made = list(chunks([b"x" * 11] * 3 + [b"ab"], 3))
-    assert [[number for number, _ in chunk] for chunk in made] == [[1, 2], [3, 4]]
-    assert list(chunks([], 3)) == []
+
+    def numbers(*lines):
+        stream = Lines(io.BytesIO(b"\n".join(lines)), 100)
+        return [[number for number, _ in chunk] for chunk in chunks(stream, 3)]
+
+    assert numbers(b"ab", b"cd", b"x" * 11, b"e", b"f", b"g") == [[1, 2, 3], [4, 5, 6]]
+    assert numbers(b"x" * 11, b"x" * 11, b"x" * 11, b"ab") == [[1], [2], [3], [4]]
+    assert numbers() == []
+
+
+def test_what_has_arrived_is_answered_when_no_more_is_waiting():
+    """A program that writes a line and waits for its answer would wait for ever."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as stream, os.fdopen(writing, "wb", buffering=0) as program:
+        answered = chunks(Lines(stream, 100), 10)
+        program.write(b"ab\ncd")
+        assert next(answered) == [(1, b"ab")]
+        program.write(b"\nef\n")
+        assert next(answered) == [(2, b"cd"), (3, b"ef")]
+        program.write(b"gh\nij")
+        program.close()
+        assert list(answered) == [[(4, b"gh"), (5, b"ij")]]
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_lines_of_any_length_in_blocks_of_any_length(monkeypatch, block):
+    monkeypatch.setattr(Lines, "BLOCK", block)
+    stream = io.BytesIO(b"ab\n" + b"c" * 350 + b"\n\nd\r\n" + b"e" * 101)
+    assert list(Lines(stream, 100)) == [b"ab", b"c" * 100, b"", b"d\r", b"e" * 100]
 
 
 def test_results_do_not_depend_on_chunks(say, monkeypatch):
@@ -273,11 +298,15 @@ def test_scores_of_tokens(call, run, translator):
 @pytest.mark.slow
 def test_predict_as_a_process(run, translator):
     command = [sys.executable, "-m", "experiments.run", "predict", "--run", str(run), "--align"]
-    done = subprocess.run(command, input=b"sees\n\xff\nruns", capture_output=True, cwd=ROOT)
-    assert done.returncode == 0
-    lines = done.stdout.decode().split("\n")
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT, bufsize=0)
+    process.stdin.write(b"sees\n")
+    first = process.stdout.readline()  # before it is told that no more comes
+    rest, error = process.communicate(b"\xff\nruns", timeout=120)
+    assert process.returncode == 0
+    lines = (first + rest).decode().split("\n")
     assert [line.split("\t")[0] for line in lines] == [
         *translator(["sees"]), "", *translator(["runs"]), "",
     ]  # fmt: skip
-    told = [line for line in done.stderr.decode().splitlines() if line.startswith(("line", "1"))]
+    told = [line for line in error.decode().splitlines() if line.startswith(("line", "1"))]
     assert told == ["line 2: invalid UTF-8", "1 line left empty"]

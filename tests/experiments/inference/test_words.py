@@ -119,7 +119,7 @@ def test_order_does_not_depend_on_lengths_or_batches(pronouncer):
 
 def test_nbest_has_the_words_and_scores_best_first_and_keeps_step(say, pronouncer):
     lines, _ = say(b"ab\n?\nB\n", nbest=2)
-    assert len(lines) == 6 and lines[2:4] == ["", ""]
+    assert len(lines) == 6 and lines[2:4] == ["\t\t"] * 2  # the columns of the others
     for word, pair in (("ab", lines[:2]), ("B", lines[4:])):
         fields = [line.split("\t") for line in pair]
         assert [f[0] for f in fields] == [word, word]
@@ -142,6 +142,14 @@ def test_the_length_penalty_is_that_of_the_run_or_of_the_call(pronouncer, say):
         assert penalised.score == pytest.approx(free.score / ((5 + length) / 6), rel=1e-5)
     lines = {alpha: say(b"ab\ncab\n", nbest=1, alpha=alpha)[0] for alpha in (None, 0.6, 2.0)}
     assert lines[None] == lines[0.6] != lines[2.0]
+
+
+def test_a_beam_wider_than_what_is_possible_gives_what_is_possible(pronouncer, say):
+    """With one token of room there are the end and four sounds, and no seventh answer."""
+    short = dataclasses.replace(SETTINGS, target_length=1)
+    (best,) = dataclasses.replace(pronouncer, settings=short).nbest(["ab"], 7)
+    assert len({h.ids for h in best}) == len(best) == 5
+    assert all(np.isfinite(h.score) for h in best)
 
 
 # ---- what sentences have, words have too
