@@ -1,6 +1,7 @@
 """Standard output and error whose reader may close the pipe early."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -15,13 +16,17 @@ def discard_further(stream: TextIO) -> None:
 
 
 class Talk:
-    """A text stream that never fails: once its reader has gone, output is discarded.
+    """A text stream that never fails: once its reader has gone, output is discarded, and what its
+    encoding lacks is shown as ?.
 
-    A training must not end or lose its results because its terminal or log is gone.
+    A training must not end or lose its results because its terminal or log is gone, or is of
+    another alphabet.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
         try:

@@ -105,8 +105,8 @@ def report(
     pronouncer: Predictor,
     results: dict[str, Any],
     hypotheses: list[tuple[str, ...]],
-) -> None:
-    """Prints the tables and writes report.html."""
+) -> list[Example]:
+    """Writes report.html; returns the examples that it shows."""
     test = lexicons.test
     by_word = dict(zip(test, hypotheses, strict=True))
     examples = make_examples(pronouncer, lexicons.train, test, by_word)
@@ -124,5 +124,4 @@ def report(
         confusions=[(*pair, count) for pair, count in counts],
         examples=examples,
     )
-    show(results, examples)
-    print(f"report: {folder.report}")
+    return examples

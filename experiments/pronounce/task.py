@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from experiments.functions import check_folder, identity_of, make_model
 from experiments.inference.batches import WORDS
 from experiments.inference.predictor import Predictor, Settings
 from experiments.progress import ProgressBar
-from experiments.pronounce.report import report
+from experiments.pronounce.report import report, show
 from experiments.training.config import (
     MAY_DIFFER,
     TrainingConfig,
@@ -247,14 +248,16 @@ class PronounceTask:
     def train(self) -> tuple[Predictor, dict[str, Any]]:
         return fit(self.run, self.lexicons, self.examples)
 
-    def finish(self, pronouncer: Predictor, facts: dict[str, Any]) -> dict[str, Any]:
+    def finish(
+        self, pronouncer: Predictor, facts: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[], None]]:
         run, lexicons = self.run, self.lexicons
         with ProgressBar("scoring words", len(lexicons.valid) + len(lexicons.test)) as bar:
             valid = score(pronouncer, lexicons.valid, done=bar.advance)
             test = score(pronouncer, lexicons.test, done=bar.advance)
         results = results_of(run.config, facts, valid, test)
-        report(run.record, lexicons, run.folder, pronouncer, results, test.hypotheses)
-        return results
+        examples = report(run.record, lexicons, run.folder, pronouncer, results, test.hypotheses)
+        return results, partial(show, results, examples)
 
 
 def run(config: PronounceConfig) -> None:

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import chex
@@ -58,8 +58,11 @@ class Prepared(Protocol):
     def train(self) -> tuple[Any, dict[str, Any]]:
         """The trained model, and the facts that `train_model` returns."""
 
-    def finish(self, trained: Any, facts: dict[str, Any]) -> dict[str, Any]:
-        """Evaluates the model and writes the report; returns the content of results.json."""
+    def finish(
+        self, trained: Any, facts: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[], None]]:
+        """Evaluates the model and writes the report; returns the content of results.json, and what
+        prints it."""
 
 
 class Task(Protocol):
@@ -113,10 +116,12 @@ def lead(task: Task) -> None:
         print(prepared.summary(), flush=True)
         processes.from_first(True, slow=True)
         trained, facts = learn(prepared)
-        results = prepared.finish(trained, facts)
+        results, show = prepared.finish(trained, facts)
         write_params(run, trained.params, results["steps"])
         # Written last, so that a folder with results.json is complete.
         write_json(folder.path / "results.json", results)
+        show()  # only now: what a terminal cannot show costs no result
+        print(f"report: {folder.report}")
 
 
 def learn(prepared: Prepared) -> tuple[Any, dict[str, Any]]:

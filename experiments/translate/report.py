@@ -110,7 +110,7 @@ def report(
     test: Sequence[Pair],
     translations: Sequence[str],
 ) -> None:
-    """Prints the scores; writes translations.tsv, learning_curve.svg and report.html."""
+    """Writes translations.tsv, learning_curve.svg and report.html."""
     curves = learning_curves_file(folder.metrics(), _PANELS[:2])
     write_text(folder.path / "learning_curve.svg", curves)
     rows = [("source", "reference", "model")]
@@ -134,5 +134,3 @@ def report(
     command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
     title = "Translating with a Transformer"
     write_text(folder.report, page(title, _INTRO, command, tiles(results, shown), sections))
-    show(results, test, translations)
-    print(f"report: {folder.report}")

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
@@ -26,7 +28,7 @@ from experiments.training.placement import Layout, divisible
 from experiments.training.run import Run, make_identity
 from experiments.training.task import carry_out, distributed_session
 from experiments.translate.config import MAY_DIFFER, TranslateConfig, configured
-from experiments.translate.report import report
+from experiments.translate.report import report, show
 from experiments.translate.scores import make_evaluate, results_of, scores, translated
 from experiments.translate.texts import Texts, read
 from tfm.averaging import average
@@ -142,7 +144,9 @@ class Prepared:
             params, weights = chosen_weights(config, run.folder, params)
         return dataclasses.replace(untrained, params=params), facts | {"weights": weights}
 
-    def finish(self, translator: Predictor, facts: dict[str, Any]) -> dict[str, Any]:
+    def finish(
+        self, translator: Predictor, facts: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[], None]]:
         """Translates and scores validation and test text, and writes the report."""
         run, config, texts = self.run, self.run.config, self.texts
         translations, measured = {}, {}
@@ -158,8 +162,9 @@ class Prepared:
         about = facts | {"asked_steps": config.steps}
         results = results_of(config, self.store, self.target.size, about, measured, texts)
         write_final(run.folder, translator.params, results["steps"], run.identity)
-        report(run.record, run.folder, results, texts.test, translations["test"])
-        return results
+        shown = results, texts.test, translations["test"]
+        report(run.record, run.folder, *shown)
+        return results, partial(show, *shown)
 
 
 def chosen_weights(

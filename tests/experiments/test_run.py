@@ -375,6 +375,16 @@ def test_a_missing_file_as_a_process(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_terminal_cannot_show_costs_no_result(tmp_path, tiny, monkeypatch):
+    def show(*_):
+        raise UnicodeEncodeError("ascii", "ɑ", 0, 1, "ordinal not in range(128)")
+
+    monkeypatch.setattr(pronounce, "show", show)
+    with pytest.raises(UnicodeEncodeError):
+        call("--run", tmp_path, "--steps", "1", *tiny)
+    assert {"results.json", "params.safetensors", "report.html"} <= set(os.listdir(tmp_path))
+
+
 # ---- predict
 
 

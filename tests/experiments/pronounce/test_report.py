@@ -5,6 +5,7 @@ import pytest
 from experiments.data.tokenizer import InputError
 from experiments.inference.hypotheses import Hypothesis
 from experiments.pronounce.report import INVENTED, NUM_MISTAKES, make_examples, pick, show
+from experiments.reporting.report import Example
 
 TRAIN = {"rough": [("R", "AH", "F")], "abc": [("EY", "B")], "abd": [("AE", "B"), ("EY", "B", "D")]}
 TEST = {f"word{i}": [("W", str(i))] for i in range(100)} | {"chaos": [("K", "EY")]}
@@ -56,6 +57,15 @@ def test_the_wrong_are_those_of_the_test_words_whose_hypothesis_is(examples):
     wrong = [example.word for example in of(examples, "wrong")]
     assert len(wrong) == NUM_MISTAKES
     assert set(wrong) <= {word for i, word in enumerate(TEST) if i % 2 == 0}
+
+
+def test_words_and_sounds_in_brackets_are_shown_as_they_are(capsys):
+    """They are no markup of the terminal's."""
+    rates = {f"{part}_{rate}": 0.1 for part in ("valid", "test") for rate in ("wer", "per")}
+    example = Example("[/noise]", "seen", "[laughter] AH", ["[red] AH"], -1.0)
+    show({"seed": 3, "beam": 4, "valid_words": 1, "test_words": 1, **rates}, [example])
+    out = capsys.readouterr().out
+    assert "[/noise]" in out and "[laughter] AH" in out and "[red] AH" in out
 
 
 def test_the_rates_and_the_words_are_printed(examples, capsys, monkeypatch):
