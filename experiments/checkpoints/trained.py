@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from experiments.checkpoints.checkpoint import Checkpoints
+from experiments.checkpoints.checkpoint import CheckpointError, Checkpoints
 from experiments.checkpoints.run_folder import RunFolder, RunFolderError, changes
 from experiments.functions import check_recorded, make_model
 from tfm.config import TransformerConfig, current_fields
@@ -58,7 +58,8 @@ def newest_model(
 
     functions: the FILE:NAME that the run was trained with; the copy in the folder is never run.
 
-    A damaged checkpoint is named on standard error, and the one before it is used.
+    A damaged checkpoint is named on standard error, and the one before it is used. Where a training
+    removes a checkpoint while it is read, the newer one is taken.
 
     Raises RunFolderError where nothing is saved; CheckpointError where all of it is damaged;
     FunctionsError where it was trained with other functions.
@@ -70,18 +71,29 @@ def newest_model(
             step, faults = checkpoints.newest()
             for line in faults:
                 print(line, file=sys.stderr)
-            if not step:  # 0: saved before the first update
-                continue
-            identity = checkpoints.notes(step)["identity"]
-            check_recorded(folder.path, identity.get("functions_of"), functions)
-            trained = TransformerConfig(**current_fields(identity["model"]))
-            model = make_model(trained, functions)
-            params = checkpoints.restore_params(step, param_shapes(trained, model.functions))
-            # Without the rows that padded the vocabulary for a mesh.
-            config = dataclasses.replace(trained, vocab_multiple=1)
-            model = Transformer(config, model.functions)
-            return identity, model, fit_vocabulary(params, config)
+            while step:  # 0: saved before the first update
+                try:
+                    return _model_at(step, checkpoints, folder, functions)
+                except CheckpointError:
+                    newer, _ = checkpoints.newest()
+                    if newer == step:
+                        raise
+                    step = newer
     raise RunFolderError(f"{folder.checkpoints}: no checkpoint; was the run interrupted?")
+
+
+def _model_at(
+    step: int, checkpoints: Checkpoints, folder: RunFolder, functions: str | None
+) -> tuple[dict[str, Any], Transformer, chex.ArrayTree]:
+    """What `newest_model` returns, of one step."""
+    identity = checkpoints.notes(step)["identity"]
+    check_recorded(folder.path, identity.get("functions_of"), functions)
+    trained = TransformerConfig(**current_fields(identity["model"]))
+    model = make_model(trained, functions)
+    params = checkpoints.restore_params(step, param_shapes(trained, model.functions))
+    # Without the rows that padded the vocabulary for a mesh.
+    config = dataclasses.replace(trained, vocab_multiple=1)
+    return identity, Transformer(config, model.functions), fit_vocabulary(params, config)
 
 
 def without_moments(params: chex.ArrayTree, step: int) -> TrainState:

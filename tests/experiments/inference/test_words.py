@@ -242,6 +242,28 @@ def test_a_saved_model_loads_and_says_the_same(run, pronouncer):
         assert one.score == pytest.approx(other.score, rel=0.1) and one.score != other.score
 
 
+@pytest.mark.parametrize("read", ["notes", "restore_params"])
+def test_a_checkpoint_that_a_training_removes_meanwhile_gives_way_to_the_newer(
+    run, pronouncer, monkeypatch, read
+):
+    original = getattr(Checkpoints, read)
+
+    def removed(self, step, *rest):
+        if step == 3:  # as a training does that keeps one
+            state = TrainState(jnp.int32(4), pronouncer.params, {}, jax.random.PRNGKey(0))
+            with Checkpoints(run / "checkpoints", keep=1) as training:
+                training.newest()
+                training.save(4, state, {"identity": original_notes["identity"]})
+        return original(self, step, *rest)
+
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        checkpoints.newest()
+        original_notes = checkpoints.notes(3)
+    monkeypatch.setattr(Checkpoints, read, removed)
+    assert load(run)(["cab"]) == pronouncer(["cab"])
+    assert not (run / "checkpoints" / "3").exists()
+
+
 def test_a_folder_without_a_checkpoint_is_named_and_not_made(tmp_path):
     write_json(tmp_path / "config.json", plain(PronounceConfig(run=tmp_path, model=MODEL)))
     with pytest.raises(RunFolderError, match="no checkpoint"):
