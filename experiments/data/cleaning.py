@@ -13,7 +13,7 @@ import numpy as np
 from experiments.data.text import CorpusError, Pair, chunks
 
 _CHUNK = 2**14  # pairs that are cleaned together
-_SLACK = 20  # bytes added to both lengths before comparison, as short sentences vary more
+_SLACK = 20  # added to both lengths before comparison, as short sentences vary more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Limits:
     characters: int = 2000
     """Most characters on a side. A limit in tokens follows once there is a vocabulary."""
     ratio: float = 3.0
-    """Most times that one side may be as long as the other, in bytes of UTF-8 (which even out
-    scripts with much or little to a character), after adding 20 to both."""
+    """Most times that one side may be as long as the other, after adding 20 to both. A pair is left
+    out where its characters and its bytes of UTF-8 both exceed it: Chinese says much in a
+    character, and Burmese or Tamil take three bytes for each."""
 
     def __post_init__(self) -> None:
         if self.characters < 1:
@@ -44,7 +45,7 @@ class Cleaned:
     too_long: int = 0
     """More characters than the limit."""
     ratio: int = 0
-    """One side is too much longer than the other."""
+    """One side is too much longer than the other, in characters and in bytes."""
     held_out: int = 0
     """The pair is in the validation or test data, too."""
     duplicates: int = 0
@@ -76,6 +77,12 @@ class Cleaned:
     def to_json(self) -> dict[str, Any]:
         """All counts and limits, for `json.dump`."""
         return dataclasses.asdict(self) | {"kept": self.kept}
+
+    @classmethod
+    def from_json(cls, counts: dict[str, Any]) -> "Cleaned":
+        """The inverse of `to_json`."""
+        fields = {name: value for name, value in counts.items() if name != "kept"}
+        return cls(**fields | {"limits": Limits(**counts["limits"])})
 
 
 class Clean:
@@ -123,8 +130,9 @@ def _fault(source: str, target: str, limits: Limits) -> str | None:
         return "empty"
     if max(len(source), len(target)) > limits.characters:
         return "too_long"
-    shorter, longer = sorted((len(source.encode()), len(target.encode())))
-    return "ratio" if longer + _SLACK > limits.ratio * (shorter + _SLACK) else None
+    lengths = (len(source), len(target)), (len(source.encode()), len(target.encode()))
+    uneven = all(max(both) + _SLACK > limits.ratio * (min(both) + _SLACK) for both in lengths)
+    return "ratio" if uneven else None
 
 
 def _keys(pairs: Iterable[Pair]) -> np.ndarray:

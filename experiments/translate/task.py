@@ -13,7 +13,7 @@ import numpy as np
 from experiments.checkpoints.checkpoint import Checkpoints, state_sha256
 from experiments.checkpoints.run_folder import RunFolder, RunFolderError, named, plain
 from experiments.checkpoints.trained import without_moments, write_final
-from experiments.data.cleaning import Clean
+from experiments.data.cleaning import Clean, Cleaned
 from experiments.data.subwords import Subwords, train_subwords
 from experiments.data.text import CorpusError
 from experiments.data.token_store import Store, fetch_store, plan_rows, stored_batches
@@ -243,8 +243,7 @@ class TranslateTask:
         store, why = fetch_store(place, clean, source, target, lengths, texts.sha256)
         if why and was_there:
             print(f"{why}; written anew", file=sys.stderr)
-        cleaned = store.facts["cleaned"]
-        print(f"training text: {cleaned['pairs']:,} pairs, {cleaned['kept']:,} kept", flush=True)
+        print(f"training text: {Cleaned.from_json(store.facts['cleaned'])}", flush=True)
         settings = Settings(*lengths, config.beam, config.alpha, config.penalty)
         identity = make_identity(
             config,

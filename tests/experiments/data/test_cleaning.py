@@ -25,25 +25,25 @@ def test_each_reason_is_counted_once():
         *GOOD,
         ("", "leer"), ("empty", ""), (" \t", "x"), ("x", "\u00a0\u2028"), ("", ""),  # empty
         ("x" * 11, "y"), ("y", "x" * 11), ("x" * 12, "y" * 12),  # over 10 characters
-        ("ab", "\U0001f600" * 10),  # of 2 and 40 bytes
+        ("ab", "\U0001f600" * 10),  # of 2 and 10 characters, 2 and 40 bytes
         ("yes", "ja"), (" yes", "ja "),  # duplicates
         ("held", "out"), ("held", "out"),
         ("held", "else"),
     ]  # fmt: skip
-    clean = Clean(pairs, Limits(characters=10, ratio=2.5), held_out=[("held ", "out")])
+    clean = Clean(pairs, Limits(characters=10, ratio=1.3), held_out=[("held ", "out")])
     assert list(clean) == [*GOOD, ("held", "else")]
     assert clean.cleaned == Cleaned(
-        Limits(10, 2.5), pairs=17, empty=5, too_long=3, ratio=1, held_out=2, duplicates=2
+        Limits(10, 1.3), pairs=17, empty=5, too_long=3, ratio=1, held_out=2, duplicates=2
     )
     assert clean.cleaned.kept == 4
     assert str(clean.cleaned) == (
-        "17 pairs, 4 kept; left out: 5 empty, 3 over 10 characters, 1 of a length ratio over 2.5, "
+        "17 pairs, 4 kept; left out: 5 empty, 3 over 10 characters, 1 of a length ratio over 1.3, "
         "2 in the validation or test data, 2 duplicates"
     )
     assert list(clean) == [*GOOD, ("held", "else")] and clean.cleaned.pairs == 17  # anew
 
 
-def test_the_ratio_is_of_bytes_and_kind_to_short_sentences():
+def test_the_ratio_is_of_characters_and_bytes_and_kind_to_short_sentences():
     def kept(source, target, ratio=3.0):
         return list(Clean([("a", "b"), (source, target)], Limits(ratio=ratio)))[1:]
 
@@ -52,6 +52,8 @@ def test_the_ratio_is_of_bytes_and_kind_to_short_sentences():
     assert kept("x" * 40, "x" * 160) and kept("x" * 160, "x" * 40)
     assert not kept("x" * 41, "x" * 164) and not kept("x" * 164, "x" * 41)
     assert kept("中" * 40, "x" * 160)  # a quarter of the characters, but 120 bytes
+    assert kept("x" * 90, "မ" * 100)  # 300 bytes, but as many characters
+    assert kept("x" * 90, "க" * 150) and not kept("x" * 41, "மை" * 90)
     assert kept("x" * 41, "x" * 164, ratio=1e9)
 
 
@@ -135,6 +137,7 @@ def test_the_record_goes_into_json_and_counts_tokens():
     cleaned = Cleaned(Limits(), pairs=2000, empty=1, too_many_tokens=1200, tokens=(128, 130))
     assert cleaned.kept == 799
     assert str(cleaned).endswith("left out: 1 empty, 1,200 over 128+130 tokens")
+    assert Cleaned.from_json(cleaned.to_json()) == cleaned
     assert json.loads(json.dumps(cleaned.to_json())) == {
         "limits": {"characters": 2000, "ratio": 3.0},
         "pairs": 2000, "empty": 1, "too_long": 0, "ratio": 0, "held_out": 0, "duplicates": 0,
