@@ -1,6 +1,7 @@
 """BLEU and chrF by sacrebleu, with their signatures and bootstrap intervals; 0 to 100."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,26 @@ _SEED = 12345  # sacrebleu's default, which an environment variable could change
 
 Tokenize = Literal["13a", "intl", "zh", "char", "none"]
 """sacrebleu's tokenizers that need no further package and no download."""
+
+
+# Scripts written without spaces between words, by the ranges of their letters.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\uaa60-\uaa7f]"
+)  # Thai, Lao; Tibetan; Burmese; Khmer; kana; Burmese, extended
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003134f]")
+
+
+def tokenizer_for(references: Sequence[str]) -> Tokenize:
+    """The tokenizer by the script that most letters of the references are of.
+
+    "char" for Thai, Lao, Tibetan, Burmese, Khmer and Japanese, "zh" for other text in Han
+    characters, else "13a": it splits at spaces, and would take a sentence of those for a word.
+    """
+    text = "".join(references)
+    unspaced, han = len(_UNSPACED.findall(text)), len(_HAN.findall(text))
+    if 2 * (unspaced + han) <= sum(map(str.isalpha, text)):
+        return "13a"
+    return "char" if 20 * unspaced > han else "zh"  # Japanese has kana in every sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +60,8 @@ def bleu(
 ) -> Measure:
     """BLEU of plain text, tokenized by sacrebleu: comparable between papers.
 
-    "13a" is for languages with spaces, "zh" for Chinese, "char" for others without spaces.
+    "13a" is for languages with spaces, "zh" for Chinese, "char" for others without spaces: see
+    `tokenizer_for`.
 
     Raises:
       ValueError: no sentences, or not as many hypotheses as references.

@@ -11,6 +11,7 @@ from experiments.checkpoints.run_folder import RunFolder, write_text
 from experiments.data.pronunciations import Lexicon
 from experiments.data.tokenizer import InputError
 from experiments.evaluation import error_rates
+from experiments.evaluation.cautions import cautions
 from experiments.inference.predictor import Predictor
 from experiments.reporting.figures import learning_curves_file
 from experiments.reporting.report import AttentionMap, Example, write_report
@@ -90,6 +91,8 @@ def show(results: dict[str, Any], examples: list[Example]) -> None:
         shares = (f"{results[f'{part}_{rate}']:.2%}" for rate in ("wer", "per"))
         rates.add_row(name, f"{results[f'{part}_words']:,}", *shares)
     console.print(rates)
+    for line in cautions(results, "words"):
+        console.print(Text(f"note: {line}"))
     words = table("Pronounced", ["", "word", "pronunciation", "dictionary"], [])
     for example in examples:
         if example.group != "wrong":

@@ -200,6 +200,7 @@ def results_of(config: PronounceConfig, about: dict, valid: Score, test: Score) 
         "valid_per": valid.per,
         "test_words": len(test.hypotheses),
         "valid_words": len(valid.hypotheses),
+        "test_is_valid": config.train_file is not None and config.test_file is None,
         **about,
         "seed": config.seed,
         "beam": config.beam,

@@ -30,10 +30,14 @@ class Section:
         )
 
 
-def page(title: str, intro: str, command: str, tiles: str, sections: Sequence[Section]) -> str:
-    """The whole page; sections without a body are left out."""
+def page(
+    title: str, intro: str, command: str, tiles: str, sections: Sequence[Section],
+    cautions: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """The whole page; sections without a body are left out. Cautions stand below the tiles."""
     sections = [section for section in sections if section.body]
     links = "".join(f'<a href="#{section.anchor}">{section.title}</a>' for section in sections)
+    notes = "".join(f'<p class="note">Note: {escape(line)}.</p>' for line in cautions)
     # The browser loads nothing and runs no script; an attention map is an image inside the page.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return f"""<!doctype html>
@@ -52,6 +56,7 @@ def page(title: str, intro: str, command: str, tiles: str, sections: Sequence[Se
 <p class="intro">{intro}</p>
 <pre>{escape(command)}</pre>
 {tiles}
+{notes}
 <nav>{links}</nav>
 </header>
 <main>

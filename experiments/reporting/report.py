@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.checkpoints.run_folder import write_text
+from experiments.evaluation.cautions import cautions
 from experiments.evaluation.error_rates import GAP, closest_reference, edit_operations
 from experiments.reporting.figures import PANELS, attention_map
 from experiments.reporting.page import (
@@ -92,7 +93,10 @@ def write_report(
         _confusions(confusions),
         settings(config, results),
     ]
-    html = page(title, _INTRO, command, tiles(results, _tiles(results)), sections)
+    html = page(
+        title, _INTRO, command, tiles(results, _tiles(results)), sections,
+        cautions(results, "words") if "test_words" in results else (),
+    )  # fmt: skip
     write_text(Path(path), html)
 
 

@@ -52,6 +52,9 @@ class TranslateConfig(TrainingConfig):
     average of the newest --keep-checkpoints."""
     evaluated: int = 500
     """Validation sentences that each evaluation translates, greedily, for its BLEU."""
+    bleu: Literal["auto", "13a", "intl", "zh", "char"] = "auto"
+    """sacreBLEU's tokenizer. auto: by the script of the references: 13a where words stand apart, zh
+    for Chinese, char for Japanese, Thai, Lao, Khmer, Burmese and Tibetan."""
     penalty: Penalty = "paper"
     """Form of the beam's length penalty: ((5 + n)/6)^α, or n^α (power)."""
 
@@ -96,7 +99,7 @@ def configured(preset: str, variant: str) -> dict[str, Any]:
 
 
 MAY_DIFFER = TRAININGS_MAY_DIFFER | {
-    "variant", "train", "valid", "test", "weights", "evaluated", "from_run",
+    "variant", "train", "valid", "test", "weights", "evaluated", "bleu", "from_run",
     "model.vocab_size", "model.source_vocab_size", "model.vocab_multiple",
 }  # fmt: skip
 """Texts and models are compared by SHA-256 and options, not by name."""

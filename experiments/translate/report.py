@@ -11,6 +11,7 @@ from rich.text import Text
 
 from experiments.checkpoints.run_folder import RunFolder, write_text
 from experiments.data.text import Pair
+from experiments.evaluation.cautions import FEW, cautions
 from experiments.inference.lines import one_line
 from experiments.reporting.figures import PANELS, Panel, learning_curves_file
 from experiments.reporting.page import (
@@ -42,12 +43,17 @@ def unpicked(count: int, n: int = SHOWN) -> list[int]:
     return [i * count // n for i in range(min(n, count))] if count > n else list(range(count))
 
 
+def _interval(measure: dict[str, Any], sentences: int) -> str:
+    """± half the width; of few sentences the bootstrap tells nothing."""
+    return f"± {measure['half_width']:.2f}" if sentences >= FEW else "–"
+
+
 def _scores(results: dict[str, Any]) -> Section:
     names = {"bleu": "BLEU", "bleu_pretokenized": "BLEU, words as the files part them",
              "chrf": "chrF"}  # fmt: skip
     rows = "".join(
         f"<tr><td>{part}</td><td>{names[name]}</td><td class=number>{m['score']:.2f}</td>"
-        f"<td class=number>{m['mean']:.2f} ± {m['half_width']:.2f}</td>"
+        f"<td class=number>{_interval(m, results[f'{part}_sentences'])}</td>"
         f"<td><code>{escape(m['signature'])}</code></td></tr>"
         for part, measures in results["scores"].items()
         for name, m in measures.items()
@@ -58,7 +64,8 @@ def _scores(results: dict[str, Any]) -> Section:
     return Section(
         "scores",
         "How well",
-        "From 0 to 100. The interval is that of 1,000 bootstrap resamples of the sentences. The "
+        f"From 0 to 100. The interval is that of 1,000 bootstrap resamples of {FEW} sentences or "
+        "more. The "
         "second BLEU parts words at the spaces of the files as they are: it is not comparable with "
         "figures from papers.",
         f'<div class="card"><table class="scores"><thead><tr>{head}</tr></thead>'
@@ -92,9 +99,12 @@ def show(results: dict[str, Any], test: Sequence[Pair], translations: Sequence[s
         bleu, chrf, spaced = (measures[n] for n in ("bleu", "chrf", "bleu_pretokenized"))
         shown.add_row(
             part, f"{results[f'{part}_sentences']:,}", f"{bleu['score']:.2f}",
-            f"± {bleu['half_width']:.2f}", f"{chrf['score']:.2f}", f"{spaced['score']:.2f}",
+            _interval(bleu, results[f"{part}_sentences"]), f"{chrf['score']:.2f}",
+            f"{spaced['score']:.2f}",
         )  # fmt: skip
     console.print(shown)
+    for line in cautions(results, "sentences"):
+        console.print(Text(f"note: {line}"))
     for name in ("bleu", "chrf"):
         console.print(results["scores"]["test"][name]["signature"], highlight=False)
     for i in unpicked(len(test), PRINTED):
@@ -133,4 +143,6 @@ def report(
     ]
     command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
     title = "Translating with a Transformer"
-    write_text(folder.report, page(title, _INTRO, command, tiles(results, shown), sections))
+    write_text(folder.report, page(
+        title, _INTRO, command, tiles(results, shown), sections, cautions(results, "sentences")
+    ))  # fmt: skip

@@ -20,25 +20,35 @@ def translated(translator: Predictor, sources: Sequence[str], **options: Any) ->
 
 
 def make_evaluate(
-    texts: Texts, translator: Predictor, evaluated: int
+    config: TranslateConfig, texts: Texts, translator: Predictor
 ) -> Callable[[chex.ArrayTree], dict[str, float]]:
     """params -> `valid_bleu` of the first `evaluated` validation pairs.
 
     Greedy decoding is enough to watch the training; the final result uses the beam.
     """
-    sources, references = zip(*texts.valid[:evaluated], strict=True)
+    sources, references = zip(*texts.valid[: config.evaluated], strict=True)
+    tokenize = tokenizer(config, references)
 
     def evaluate(params: chex.ArrayTree) -> dict[str, float]:
         own = dataclasses.replace(translator, params=params)
-        return {"valid_bleu": bleu.bleu(translated(own, sources, beam=1), references).score}
+        return {
+            "valid_bleu": bleu.bleu(translated(own, sources, beam=1), references, tokenize).score
+        }
 
     return evaluate
 
 
-def scores(translations: list[str], references: list[str]) -> dict[str, bleu.Measure]:
+def tokenizer(config: TranslateConfig, references: Sequence[str]) -> bleu.Tokenize:
+    """The one that the config names for BLEU, or that of the references' script."""
+    return bleu.tokenizer_for(references) if config.bleu == "auto" else config.bleu
+
+
+def scores(
+    translations: list[str], references: list[str], tokenize: bleu.Tokenize = "13a"
+) -> dict[str, bleu.Measure]:
     """BLEU, BLEU of the text split at spaces, and chrF."""
     return {
-        "bleu": bleu.bleu(translations, references),
+        "bleu": bleu.bleu(translations, references, tokenize),
         "bleu_pretokenized": bleu.bleu_pretokenized(translations, references),
         "chrf": bleu.chrf(translations, references),
     }

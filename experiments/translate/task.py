@@ -29,7 +29,13 @@ from experiments.training.run import Run, make_identity
 from experiments.training.task import carry_out, distributed_session
 from experiments.translate.config import MAY_DIFFER, TranslateConfig, configured
 from experiments.translate.report import report, show
-from experiments.translate.scores import make_evaluate, results_of, scores, translated
+from experiments.translate.scores import (
+    make_evaluate,
+    results_of,
+    scores,
+    tokenizer,
+    translated,
+)
 from experiments.translate.texts import Texts, read
 from tfm.averaging import average
 from tfm.parallel.mesh import fit_vocabulary
@@ -137,7 +143,7 @@ class Prepared:
         start = self.start
         initial = None if start is None else fit_vocabulary(start.params, config.model)
         data = TrainingData(batches, self.valid, self.target.bos)
-        evaluate = make_evaluate(self.texts, untrained, config.evaluated)
+        evaluate = make_evaluate(config, self.texts, untrained)
         params, facts = train_model(run, data, evaluate, initial)
         weights = "of the last step"
         if run.processes.is_first:
@@ -158,7 +164,8 @@ class Prepared:
             with ProgressBar(f"translating {part} sentences", len(sources)) as bar:
                 translations[part] = translated(translator, sources, done=bar.advance)
                 bar.reached(len(sources))  # blank ones are not translated
-            measured[part] = scores(translations[part], list(references))
+            tokenize = tokenizer(config, references)
+            measured[part] = scores(translations[part], list(references), tokenize)
         about = facts | {"asked_steps": config.steps}
         results = results_of(config, self.store, self.target.size, about, measured, texts)
         write_final(run.folder, translator.params, results["steps"], run.identity)

@@ -7,7 +7,7 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
 from experiments.evaluation import bleu as scores
-from experiments.evaluation.bleu import bleu, bleu_pretokenized, chrf
+from experiments.evaluation.bleu import bleu, bleu_pretokenized, chrf, tokenizer_for
 
 REFERENCES = [
     "The cat sat on the mat, and the dog didn't.",
@@ -137,3 +137,31 @@ def test_a_measure_prints_as_a_line_and_goes_into_json():
 def test_chrf_of_resamples_without_a_letter_in_common_has_an_interval_too():
     found = chrf(["xx", "yy", "ab"], ["ab"] * 3)
     assert 0 < found.score < 100 and found.half_width > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizer"),
+    [
+        ("The cat sees the dog, 42 times.", "13a"),
+        ("Η γάτα βλέπει το σκυλί.", "13a"),
+        ("고양이가 개를 봅니다.", "13a"),
+        ("பூனை நாயைப் பார்க்கிறது.", "13a"),
+        ("那只猫看见了一只狗。", "zh"),
+        ("猫が犬を見ています。", "char"),
+        ("แมวเห็นหมา", "char"),
+        ("ຫມາເຫັນແມວ", "char"),
+        ("ឆ្មាឃើញឆ្កែ", "char"),
+        ("ကြောင်က ခွေးကို မြင်တယ်။", "char"),
+        ("ཞི་མིས་ཁྱི་མཐོང་།", "char"),
+        ("那只猫看见了 John Smith。", "13a"),  # most letters are Latin
+        ("", "13a"),
+    ],
+)
+def test_the_tokenizer_goes_by_the_script_of_the_references(text, tokenizer):
+    assert tokenizer_for([text] * 3) == tokenizer
+
+
+def test_one_wrong_character_in_a_language_without_spaces_is_one_wrong_character():
+    right = ["แมวเห็นหมาในบ้านของฉันเมื่อวานนี้"] * 20
+    wrong = [text[:-3] + "ก" + text[-2:] for text in right]
+    assert bleu(wrong, right, tokenizer_for(right)).score > 80 > 1 > bleu(wrong, right).score

@@ -89,6 +89,12 @@ def test_results_hold_scores_with_signatures_and_counts(finished):
     assert results["steps"] == STEPS and not results["stopped_early"]
 
 
+def test_scores_of_few_sentences_say_so_and_have_no_interval(finished):
+    html = (finished / "report.html").read_text()
+    sentences = read(finished, "results.json")["test_sentences"]
+    assert f"Note: {sentences} test sentences are few" in html and "±" not in html
+
+
 def test_translations_stand_beside_the_report(finished):
     header, *lines = (finished / "translations.tsv").read_text().splitlines()
     assert header.split("\t") == ["source", "reference", "model"] and len(lines) == 50
