@@ -1,9 +1,12 @@
 """Pronunciation lexicons, and their split by word family."""
 
+import gzip
 import hashlib
 import importlib.metadata
 import json
 import re
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,22 +56,29 @@ def load_cmudict() -> Lexicon:
     return _lexicon((e[1], tuple(re.sub(r"\d", "", e[2]).split())) for e in entries if e)
 
 
-def read_lexicon(path: str | Path) -> Lexicon:
+# cmudict.dict, MFA and Kaldi have some of these beside words and sounds.
+_COMMENT = re.compile(r"^(?:;;;|#(?=\s|$)).*|\s#(?:\s.*)?$")
+_VARIANT = re.compile(r"(.+)\(\d+\)")  # of read(2)
+_PROBABILITY = re.compile(r"\d*\.\d+(e-?\d+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"\d+")
+
+
+def read_lexicon(path: str | Path, skipped: Counter[str] | None = None) -> Lexicon:
     """Reads lines `word<TAB or spaces>PH PH …`; words are lower-cased, phones kept as they are.
 
-    A repeated word adds a pronunciation. CRLF, a byte order mark and blank lines are tolerated.
-    Raises DataError: "path:LINE: why" for a malformed line, "path: why" for the file as a whole.
+    A repeated word adds a pronunciation, with a number of its own, as `word(2)`, or without one.
+    Comments (`;;; …`, `# …` after a space) and probabilities between the word and its phones are
+    left out, and counted in `skipped`. Plain or gzip; CRLF, a byte order mark and blank lines are
+    tolerated. Raises DataError: "path:LINE: why" for a malformed line, "path: why" for the file as
+    a whole.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
+    skipped = Counter() if skipped is None else skipped
     # Bytes, split on \n alone: text-mode splitting also breaks lines at U+2028, U+0085, \x0b …
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = _content(Path(path)).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     pairs = []
     for number, line in enumerate(lines, start=1):
         try:
-            pair = _parse_line(line.removesuffix(b"\r").decode("utf-8"))
+            pair = _parse_line(line.removesuffix(b"\r").decode("utf-8"), skipped)
         except UnicodeDecodeError:
             raise DataError(f"{path}:{number}: invalid UTF-8") from None
         except DataError as error:
@@ -80,8 +90,22 @@ def read_lexicon(path: str | Path) -> Lexicon:
     return _lexicon(pairs)
 
 
-def _parse_line(line: str) -> tuple[str, tuple[str, ...]] | None:
-    """(word, phones), or None for a blank line; DataError for any other line."""
+def _content(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        zipped = content.startswith(b"\x1f\x8b")  # never the start of UTF-8 text
+        return gzip.decompress(content) if zipped else content
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: damaged gzip: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+
+
+def _parse_line(line: str, skipped: Counter[str]) -> tuple[str, tuple[str, ...]] | None:
+    """(word, phones), or None for a line without a word; DataError for any other line."""
+    if comment := _COMMENT.search(line):
+        line = line[: comment.start()]
+        skipped["comments"] += 1
     line = line.rstrip(" \t")
     if not line:
         return None
@@ -90,11 +114,49 @@ def _parse_line(line: str) -> tuple[str, tuple[str, ...]] | None:
     if line[0] in " \t":
         raise DataError("no word before the first space")
     word, *phones = re.split(r"[ \t]+", line)
+    if phones and _PROBABILITY.fullmatch(phones[0]):
+        skipped["lines' probabilities"] += 1
+        while phones and (_PROBABILITY.fullmatch(phones[0]) or _NUMBER.fullmatch(phones[0])):
+            del phones[0]
     if not phones:
         raise DataError(f"no pronunciation after the word {word!r}")
     if " " in line.partition("\t")[0].rstrip(" ") and "\t" in line:
         raise DataError("a space inside the word before the tab")
+    if phones[0].startswith("/") and phones[-1].endswith("/") and phones != ["/"]:
+        raise DataError(
+            f"{' '.join(phones)} stands between slashes: give the sounds alone, with spaces between"
+        )
+    if variant := _VARIANT.fullmatch(word):
+        word = variant[1]
+        skipped["numbers of variants"] += 1
     return word.lower(), tuple(phones)
+
+
+def describe(train: Lexicon, sounds: int = 10) -> list[str]:
+    """A line on the letters and sounds of words, and a warning where the sounds are none."""
+    counts = Counter(p for variants in train.values() for phones in variants for p in phones)
+    letters = {letter for word in train for letter in word}
+    last = counts.most_common()[: -sounds - 1 : -1]
+    rarest = ", ".join(f"{phone} {count:,}" for phone, count in last)
+    lines = [f"{len(letters)} letters, {len(counts)} sounds; the rarest: {rarest}"]
+    variants = [phones for own in train.values() for phones in own]
+    if sum(len(phones) == 1 for phones in variants) > len(variants) / 2:
+        lines.append(
+            f"warning: most pronunciations are a single sound, as {variants[0][0]!r}: are spaces "
+            "missing between the sounds?"
+        )
+    return lines
+
+
+def fitting(lexicon: Lexicon, source_length: int, target_length: int) -> tuple[Lexicon, list[str]]:
+    """The words and pronunciations that the lengths hold, end symbols included, and the words of
+    which nothing is left, longest first."""
+    kept: Lexicon = {}
+    for word, pronunciations in lexicon.items():
+        short = [phones for phones in pronunciations if len(phones) < target_length]
+        if short and len(word) < source_length:
+            kept[word] = short
+    return kept, sorted(lexicon.keys() - kept.keys(), key=lambda word: (-len(word), word))
 
 
 def family(word: str) -> str:
@@ -150,21 +212,6 @@ def examples(lexicon: Lexicon, letters: Vocabulary, phones: Vocabulary) -> list[
         for word, pronunciations in lexicon.items()
         for pronunciation in pronunciations
     ]
-
-
-def check_lengths(
-    examples: Sequence[dict[str, Any]], source_length: int, target_length: int
-) -> None:
-    """Raises DataError where examples exceed a row; it gives their count and names the longest."""
-    lengths = [(len(e["source"]), len(e["target"])) for e in examples]
-    long = [i for i, (s, t) in enumerate(lengths) if s > source_length or t > target_length]
-    if long:
-        longest = max(long, key=lambda i: max(lengths[i]))
-        raise DataError(
-            f"{len(long)} of {len(examples)} examples exceed the packing lengths (source "
-            f"{source_length}, target {target_length}, end symbols included); the longest is "
-            f"{examples[longest]['word']!r} with {lengths[longest][0]} and {lengths[longest][1]}"
-        )
 
 
 def fingerprint(examples: Sequence[dict[str, Any]], *vocabularies: Vocabulary) -> str:

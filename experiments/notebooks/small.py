@@ -47,7 +47,7 @@ def pronouncer(steps: int, num_encoder_layers: int) -> Predictor:
             ),
         )
         lexicons = pronounce.load_lexicons(config)
-        examples, fingerprint = pronounce.prepare(config, lexicons)
+        examples, fingerprint = pronounce.prepare(lexicons)
         identity = {"data_sha256": fingerprint}
         layout = Layout(config.mesh, config.model, config.rows)
         with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """The pronunciation task: letters to sounds, trained on CMUdict or the user's lexicons."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,8 @@ class PronounceConfig(TrainingConfig):
     run: Path = Path("runs/pronounce")
     """Folder of the run: config, metrics, checkpoints, results, report."""
     train_file: Path | None = None
-    """Training lexicon, lines `word<TAB>PH PH …`. None: CMUdict and its test words."""
+    """Training lexicon, lines `word<TAB>PH PH …`, plain or gzip; or as CMUdict, MFA and Kaldi have
+    them. None: CMUdict and its test words."""
     valid_file: Path | None = None
     """Validation lexicon. None: a part of the training words, whole word families."""
     test_file: Path | None = None
@@ -83,6 +85,8 @@ class Lexicons:
     test: Lexicon
     letters: Vocabulary
     phones: Vocabulary
+    notes: tuple[str, ...] = ()
+    """What a user should know of the files: what was left out of them, and what is rare in them."""
 
     def tokenizers(self) -> tuple[Symbols, Symbols]:
         """The tokenizers of words and of pronunciations."""
@@ -98,23 +102,70 @@ def load_lexicons(config: PronounceConfig) -> Lexicons:
 
     Raises DataError: a file that is missing, empty or malformed.
     """
+    notes: list[str] = []
     if config.train_file is None:
         parts = pronunciations.split_by_family(pronunciations.load_cmudict())
     else:
-        train = pronunciations.read_lexicon(config.train_file)
+        train = _read(config.train_file, notes)
         if config.valid_file is None:
             train, valid = pronunciations.carve_validation(train)
         else:
-            valid = pronunciations.read_lexicon(config.valid_file)
-        parts = (
-            train,
-            valid,
-            pronunciations.read_lexicon(config.test_file) if config.test_file else valid,
-        )
+            valid = _read(config.valid_file, notes)
+        parts = train, valid, _read(config.test_file, notes) if config.test_file else valid
+        notes += _repeated(config)
+    parts = tuple(
+        _fitting(part, name, config, notes)
+        for part, name in zip(parts, ("training", "validation", "test"), strict=True)
+    )
+    notes += pronunciations.describe(parts[0])
     # From all parts, so that a rare letter in a test word is no error.
     letters = Vocabulary.of(word for part in parts for word in part)
     phones = Vocabulary.of(p for part in parts for variants in part.values() for p in variants)
-    return Lexicons(*parts, letters, phones)
+    return Lexicons(*parts, letters, phones, tuple(notes))
+
+
+def _read(path: Path, notes: list[str]) -> Lexicon:
+    """A lexicon; what was left out of its lines is noted."""
+    skipped: Counter[str] = Counter()
+    lexicon = pronunciations.read_lexicon(path, skipped)
+    if skipped:
+        counts = ", ".join(f"{count:,} {what}" for what, count in skipped.items())
+        notes.append(f"{path}: left out {counts}")
+    return lexicon
+
+
+def _repeated(config: PronounceConfig) -> list[str]:
+    """Notes on files that serve twice."""
+    files = {"training": config.train_file, "validation": config.valid_file,
+             "test": config.test_file}  # fmt: skip
+    names: dict[Path, list[str]] = {}
+    for name, file in files.items():
+        if file is not None:
+            names.setdefault(file.resolve(), []).append(name)
+    return [
+        f"warning: {path} is the file for {' and '.join(twice)}: scores on words that were "
+        "learned, or chosen by, say little"
+        for path, twice in names.items()
+        if len(twice) > 1
+    ]
+
+
+def _fitting(part: Lexicon, name: str, config: PronounceConfig, notes: list[str]) -> Lexicon:
+    """The words of a part that the packing lengths hold; DataError where they do not hold half."""
+    kept, long = pronunciations.fitting(part, config.source_length, config.target_length)
+    if long:
+        source = max(map(len, long)) + 1
+        target = max(min(map(len, part[word])) for word in long) + 1
+        few = len(kept) >= len(long)
+        line = (
+            f"{len(long):,} of {len(part):,} {name} words {'left out' if few else 'are too long'}, "
+            f"as {long[0]!r}: --source-length {max(source, config.source_length)} --target-length "
+            f"{max(target, config.target_length)} takes them"
+        )
+        if not few:
+            raise DataError(line)
+        notes.append(line)
+    return kept
 
 
 def resolve(
@@ -208,21 +259,13 @@ def results_of(config: PronounceConfig, about: dict, valid: Score, test: Score) 
     }
 
 
-def prepare(config: PronounceConfig, lexicons: Lexicons) -> tuple[list[dict[str, Any]], str]:
-    """The training examples, and the fingerprint of all data.
-
-    Raises DataError for words that no packed row can hold.
-    """
+def prepare(lexicons: Lexicons) -> tuple[list[dict[str, Any]], str]:
+    """The training examples, and the fingerprint of all data."""
     vocabularies = (lexicons.letters, lexicons.phones)
     made = {
         name: pronunciations.examples(part, *vocabularies)
         for name, part in lexicons.parts().items()
     }
-    for name, examples in made.items():
-        try:
-            pronunciations.check_lengths(examples, config.source_length, config.target_length)
-        except DataError as error:
-            raise DataError(f"{name} words: {error}") from None
     return made["training"], pronunciations.fingerprint(sum(made.values(), []), *vocabularies)
 
 
@@ -244,7 +287,8 @@ class PronounceTask:
 
     def summary(self) -> str:
         sizes = [f"{len(part):,} {name} words" for name, part in self.lexicons.parts().items()]
-        return ", ".join([*sizes, f"{parameter_count(self.run.config):,} parameters"])
+        parameters = f"{parameter_count(self.run.config):,} parameters"
+        return "\n".join([*self.lexicons.notes, ", ".join([*sizes, parameters])])
 
     def train(self) -> tuple[Predictor, dict[str, Any]]:
         return fit(self.run, self.lexicons, self.examples)
@@ -271,7 +315,7 @@ def run(config: PronounceConfig) -> None:
         lexicons = load_lexicons(config)
         config = resolve(config, lexicons, folder)
         layout = Layout(config.mesh, config.model, config.rows, config.accumulation)
-        examples, fingerprint = prepare(config, lexicons)
+        examples, fingerprint = prepare(lexicons)
         inputs = identity_of(config.functions) | {"data_sha256": fingerprint}
         vocabularies = {"letters": lexicons.letters.to_json(), "phones": lexicons.phones.to_json()}
         identity = make_identity(config, inputs, MAY_DIFFER, vocabularies=vocabularies)

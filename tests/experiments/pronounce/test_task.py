@@ -22,7 +22,6 @@ from experiments.pronounce.task import (
     Score,
     load_lexicons,
     make_evaluate,
-    prepare,
     resolve,
     results_of,
     score,
@@ -94,7 +93,7 @@ def test_the_default_data_is_cmudict_and_fits_both_presets():
         110_197, 2_442, 12_246,
     ]  # fmt: skip
     for preset in PRESETS.values():
-        prepare(preset, lexicons)
+        assert not any("left out" in note for note in load_lexicons(preset).notes)
         # No vocabulary of the presets is a lie.
         assert resolve(preset, lexicons) == preset
 
@@ -136,15 +135,34 @@ def test_a_vocabulary_size_that_the_data_contradicts_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["train_file", "valid_file", "test_file"])
-def test_a_word_that_no_row_can_hold_is_counted_and_named(tmp_path, part):
+def test_a_word_that_no_row_can_hold_is_left_out_counted_and_named(tmp_path, part):
     words = dict.fromkeys(("train_file", "valid_file", "test_file"), ("ab", "ba"))
-    words[part] = ("ab", "abababab", "ababab")
+    words[part] = ("ab", "ba", "abababab", "ababab")
     files = {name: write(tmp_path / name, *words[name]) for name in words}
     config = PronounceConfig(**files, source_length=6, target_length=10)
-    with pytest.raises(DataError, match=r"2 of 3 .*'abababab' with 9 and 9"):
-        prepare(config, load_lexicons(config))
-    fitting = dataclasses.replace(config, source_length=9, target_length=9)
-    prepare(fitting, load_lexicons(fitting))
+    lexicons = load_lexicons(config)
+    name = {"train_file": "training", "valid_file": "validation", "test_file": "test"}[part]
+    assert list(lexicons.parts()[name]) == ["ab", "ba"]
+    assert lexicons.notes[0] == (
+        f"2 of 4 {name} words left out, as 'abababab': --source-length 9 --target-length 10 "
+        "takes them"
+    )
+    whole = load_lexicons(dataclasses.replace(config, source_length=9, target_length=9))
+    assert list(whole.parts()[name]) == list(words[part]) and len(whole.notes) == 1
+    with pytest.raises(DataError, match="(2 of 2|4 of 4) training words are too long"):
+        load_lexicons(dataclasses.replace(config, source_length=2))
+
+
+def test_what_was_read_is_told_before_it_is_learned(tmp_path):
+    lines = ["ab A B", "ab(2) A", "cb C B # a comment", "dd D D"]
+    (tmp_path / "words").write_text("\n".join(lines))
+    config = PronounceConfig(train_file=tmp_path / "words", valid_file=tmp_path / "words")
+    lexicons = load_lexicons(config)
+    once = f"{tmp_path / 'words'}: left out 1 numbers of variants, 1 comments"
+    assert lexicons.notes[:2] == (once, once)
+    assert "is the file for training and validation" in lexicons.notes[2]
+    assert lexicons.notes[3] == "4 letters, 4 sounds; the rarest: C 1, D 2, B 2, A 2"
+    assert lexicons.train["ab"] == [("A", "B"), ("A",)] and "ab(2)" not in lexicons.train
 
 
 # ---- schedules and scores
