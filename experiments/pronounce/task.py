@@ -141,7 +141,7 @@ def _repeated(config: PronounceConfig) -> list[str]:
     names: dict[Path, list[str]] = {}
     for name, file in files.items():
         if file is not None:
-            names.setdefault(file.resolve(), []).append(name)
+            names.setdefault(Path(file).resolve(), []).append(name)
     return [
         f"warning: {path} is the file for {' and '.join(twice)}: scores on words that were "
         "learned, or chosen by, say little"

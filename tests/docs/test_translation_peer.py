@@ -7,9 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from experiments.bench.torch_translation import bucketed, train  # noqa: E402
-
-from experiments.bench import translation_peer  # noqa: E402
+from docs.scripts import translation_peer  # noqa: E402
+from docs.scripts.torch_translation import bucketed, train  # noqa: E402
 from experiments.inference.saved import load  # noqa: E402
 from experiments.training.fitting import make_valid_loss  # noqa: E402
 from experiments.training.placement import Layout  # noqa: E402
