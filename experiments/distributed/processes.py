@@ -127,6 +127,8 @@ class Processes:
             self._close()
             raise
         except BaseException as error:
+            if isinstance(error, ProcessError):  # raised in all: none may be taken for lost
+                self._close()
             if self.count > 1:
                 _leave(error)
             raise
