@@ -132,11 +132,11 @@ def _parse_line(line: str, skipped: Counter[str]) -> tuple[str, tuple[str, ...]]
     return word.lower(), tuple(phones)
 
 
-def describe(train: Lexicon, sounds: int = 10) -> list[str]:
+def describe(train: Lexicon) -> list[str]:
     """A line on the letters and sounds of words, and a warning where the sounds are none."""
     counts = Counter(p for variants in train.values() for phones in variants for p in phones)
     letters = {letter for word in train for letter in word}
-    last = counts.most_common()[: -sounds - 1 : -1]
+    last = counts.most_common()[:-11:-1]  # ten
     rarest = ", ".join(f"{phone} {count:,}" for phone, count in last)
     lines = [f"{len(letters)} letters, {len(counts)} sounds; the rarest: {rarest}"]
     variants = [phones for own in train.values() for phones in own]
@@ -148,15 +148,19 @@ def describe(train: Lexicon, sounds: int = 10) -> list[str]:
     return lines
 
 
-def fitting(lexicon: Lexicon, source_length: int, target_length: int) -> tuple[Lexicon, list[str]]:
-    """The words and pronunciations that the lengths hold, end symbols included, and the words of
-    which nothing is left, longest first."""
+def fitting(
+    lexicon: Lexicon, source_length: int, target_length: int
+) -> tuple[Lexicon, list[tuple[str, tuple[str, ...]]]]:
+    """What the lengths hold, end symbols included, and the (word, phones) that they do not."""
     kept: Lexicon = {}
+    long = []
     for word, pronunciations in lexicon.items():
-        short = [phones for phones in pronunciations if len(phones) < target_length]
-        if short and len(word) < source_length:
-            kept[word] = short
-    return kept, sorted(lexicon.keys() - kept.keys(), key=lambda word: (-len(word), word))
+        for phones in pronunciations:
+            if len(word) < source_length and len(phones) < target_length:
+                kept.setdefault(word, []).append(phones)
+            else:
+                long.append((word, phones))
+    return kept, long
 
 
 def family(word: str) -> str:

@@ -7,6 +7,7 @@ import select
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from experiments.errors import UserError
@@ -126,10 +127,10 @@ def lines_ahead(stream: BinaryIO) -> int | None:
 Answers = Callable[[list[tuple[int, bytes]], Tally, Callable[[int], None]], Iterable[str]]
 
 
-def greet(loading: str) -> None:
+def greet(run: Path) -> None:
     """Tells a person at a terminal what is going on, and how to end."""
     if sys.stdin.isatty():
-        print(f"loading {loading}; then a line at a time, Ctrl-D ends", file=sys.stderr)
+        print(f"loading {run}; then a line at a time, Ctrl-D ends", file=sys.stderr)
 
 
 def _prompt() -> None:

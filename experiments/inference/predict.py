@@ -182,7 +182,7 @@ def run(config: PredictConfig) -> None:
     """
     with contextlib.nullcontext() if config.prefix is None else Prefixes(config.prefix) as prefixes:
         runs = [config.run, *config.ensemble]
-        greet(f"{config.run}")
+        greet(config.run)
         predictor = load_together(runs, config.int8, config.mean, config.functions)
         at_once = FULL_BATCHES * predictor.batching.rows
         serve("predicting", Prediction(predictor, config, prefixes), at_once)

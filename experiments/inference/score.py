@@ -77,7 +77,7 @@ class Scoring:
 
 def run(config: ScoreConfig) -> None:
     """Scores standard input. Raises UserError for runs that cannot be loaded."""
-    greet(f"{config.run}")
+    greet(config.run)
     predictor = load_together(
         [config.run, *config.ensemble], config.int8, config.mean, config.functions
     )

@@ -151,16 +151,18 @@ def _repeated(config: PronounceConfig) -> list[str]:
 
 
 def _fitting(part: Lexicon, name: str, config: PronounceConfig, notes: list[str]) -> Lexicon:
-    """The words of a part that the packing lengths hold; DataError where they do not hold half."""
+    """What the packing lengths hold of a part; DataError where it is less than half."""
     kept, long = pronunciations.fitting(part, config.source_length, config.target_length)
     if long:
-        source = max(map(len, long)) + 1
-        target = max(min(map(len, part[word])) for word in long) + 1
-        few = len(kept) >= len(long)
+        source = max(len(word) for word, _ in long) + 1
+        target = max(len(phones) for _, phones in long) + 1
+        count = sum(map(len, part.values()))
+        few = 2 * len(long) <= count
         line = (
-            f"{len(long):,} of {len(part):,} {name} words {'left out' if few else 'are too long'}, "
-            f"as {long[0]!r}: --source-length {max(source, config.source_length)} --target-length "
-            f"{max(target, config.target_length)} takes them"
+            f"{len(long):,} of {count:,} {name} pronunciations "
+            f"{'left out' if few else 'are too long'}, as that of {long[0][0]!r}: "
+            f"--source-length {max(source, config.source_length)} "
+            f"--target-length {max(target, config.target_length)} takes them"
         )
         if not few:
             raise DataError(line)
@@ -232,7 +234,7 @@ def fit(
         target_length=config.target_length, seed=config.seed, own=run.layout.own_rows,
     )  # fmt: skip
     untrained = Predictor(
-        make_model(config.model, config.functions), {}, *lexicons.tokenizers(),
+        run.model, {}, *lexicons.tokenizers(),
         Settings(config.source_length, config.target_length, config.beam, config.alpha),
         batching=WORDS,
     )  # fmt: skip

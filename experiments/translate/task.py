@@ -138,8 +138,7 @@ class Prepared:
         )  # fmt: skip
         batches = stored_batches(self.store, plan, rows=config.rows, own=run.layout.own_rows)
         settings = Settings(**run.identity["settings"])
-        model = make_model(config.model, config.functions)
-        untrained = Predictor(model, {}, self.source, self.target, settings)
+        untrained = Predictor(run.model, {}, self.source, self.target, settings)
         start = self.start
         initial = None if start is None else fit_vocabulary(start.params, config.model)
         data = TrainingData(batches, self.valid, self.target.bos)

@@ -194,6 +194,19 @@ def test_what_has_arrived_is_answered_when_no_more_is_waiting():
         assert list(answered) == [[(4, b"gh"), (5, b"ij")]]
 
 
+def test_a_person_at_a_terminal_sees_a_prompt_and_how_to_end(say, monkeypatch, capsys):
+    assert not any(">" in line for line in say(b"sees\n")[1])
+
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(io, "TextIOWrapper", Terminal)
+    answers, shown = say(b"sees\n")
+    assert answers != [""] and shown[0].startswith("loading ") and "Ctrl-D ends" in shown[0]
+    assert shown[1].count("> ") == 2  # before the line, and after its answer
+
+
 @pytest.mark.parametrize("block", [1, 3, 100])
 def test_lines_of_any_length_in_blocks_of_any_length(monkeypatch, block):
     monkeypatch.setattr(Lines, "BLOCK", block)

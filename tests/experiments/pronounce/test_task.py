@@ -144,12 +144,12 @@ def test_a_word_that_no_row_can_hold_is_left_out_counted_and_named(tmp_path, par
     name = {"train_file": "training", "valid_file": "validation", "test_file": "test"}[part]
     assert list(lexicons.parts()[name]) == ["ab", "ba"]
     assert lexicons.notes[0] == (
-        f"2 of 4 {name} words left out, as 'abababab': --source-length 9 --target-length 10 "
-        "takes them"
+        f"2 of 4 {name} pronunciations left out, as that of 'abababab': "
+        "--source-length 9 --target-length 10 takes them"
     )
     whole = load_lexicons(dataclasses.replace(config, source_length=9, target_length=9))
     assert list(whole.parts()[name]) == list(words[part]) and len(whole.notes) == 1
-    with pytest.raises(DataError, match="(2 of 2|4 of 4) training words are too long"):
+    with pytest.raises(DataError, match="(2 of 2|4 of 4) training pronunciations are too long"):
         load_lexicons(dataclasses.replace(config, source_length=2))
 
 
